@@ -1,0 +1,26 @@
+"""marlin-gptq: quantize Llama-family checkpoints to 4 bits, pack them for the Marlin kernel, evaluate them.
+
+Importing this module teaches transformers the format: afterwards
+`AutoModelForCausalLM.from_pretrained(DIR)` loads a quantized directory with a MarlinLinear in place of every
+decoder linear. It needs no GPU.
+"""
+
+from __future__ import annotations
+
+import marlin_gptq.modeling.hf  # noqa: F401 (registers the format)
+from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError, QuantizationError
+from marlin_gptq.modeling.linear import MarlinLinear
+from marlin_gptq.pipeline import quantize_model
+
+__version__ = "0.1.0"
+__all__ = [
+    "CheckpointError",
+    "InputError",
+    "MarlinGPTQError",
+    "MarlinLinear",
+    "QuantizationConfig",
+    "QuantizationError",
+    "__version__",
+    "quantize_model",
+]

@@ -1,0 +1,1 @@
+"""Codes ↔ bytes, one file per format, nothing else."""

@@ -1,0 +1,1 @@
+"""Quantized layers inside Hugging Face models."""

@@ -1,0 +1,344 @@
+"""A decoder model streamed through a device: embedding, one block at a time, head.
+
+The model is built without weights; those of a block are read from the checkpoint when the block is entered and let go
+when it is left. Masks, positions and rotary embeddings are made by the model's own forward, in which every block but
+the one that runs stands aside. So no architecture's forward is written down again here, and memory stays near one
+block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_gptq.checkpoint import TensorStore
+from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.kernel import library
+from marlin_gptq.modeling.architecture import (
+    decoder_blocks,
+    quantization_settings,
+    read_config,
+    replace_linears,
+    require_finite,
+)
+from marlin_gptq.modeling.linear import MarlinLinear
+
+
+class _Stop(Exception):
+    """Raised inside the model's forward once the wanted tensor is there."""
+
+
+class _Aside(nn.Module):
+    """Stands where a decoder block stood: hands its input on, or what `hand_over` puts in its place.
+
+    Attributes that a model asks of its blocks (attention_type, layer_idx, …) are answered by the absent block.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["absent"] = block  # not a submodule: its weights stay away
+        self.__dict__["hand_over"] = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["absent"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        replacement = self.__dict__["hand_over"]
+        return hidden_states if replacement is None else replacement(hidden_states)
+
+
+class BlockStream:
+    """Full-precision and quantized checkpoint directories alike, one decoder block on the device at a time.
+
+    device  where blocks run.
+    dtype   computing dtype; by default that of the checkpoint on a GPU and float32 elsewhere. Scales of quantized
+            layers keep their stored dtype.
+
+    Raises InputError for models that are not understood, CheckpointError for broken or incomplete files.
+    """
+
+    def __init__(self, model_dir: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        self.model_dir = model_dir
+        self.device = device
+        self.config = read_config(model_dir)
+        self.store = TensorStore(model_dir)
+        settings = quantization_settings(self.config)
+        self.quantized = settings is not None
+        self.settings = None if settings is None else QuantizationConfig.from_dict(settings)
+        self.stored_dtype = stored_dtype(self.store, self.quantized)
+        self.dtype = dtype or (self.stored_dtype if device.type == "cuda" else torch.float32)
+        if self.quantized and device.type == "cuda" and self.dtype != self.stored_dtype:
+            raise InputError(
+                f"{model_dir}: its scales are {self.stored_dtype}, which the kernel cannot run in {self.dtype}; "
+                f"use --dtype auto"
+            )
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        self.model.eval().requires_grad_(False)
+        self.prefix, real = decoder_blocks(self.model, self.config)
+        if self.settings is not None:
+            replace_linears(self.model, self.config, self.settings, self.stored_dtype)
+        self._blocks = list(real)
+        self._places = real
+        for index, block in enumerate(self._blocks):
+            real[index] = _Aside(block)
+        self._tied = self._tied_names()
+        self._require_complete()
+        self._move_buffers()
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self._blocks)
+
+    def block_module(self, index: int) -> nn.Module:
+        """Block `index` as it stands, without weights outside `block(index)`."""
+        return self._blocks[index]
+
+    def block_name(self, index: int) -> str:
+        """Full name, for instance `model.layers.0`."""
+        return f"{self.prefix}.{index}"
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [B, T] → the input of block 0 [B, T, hidden_size]; outside `block(0)`."""
+        self._load(self._outer_modules(self.model.get_input_embeddings()))
+        caught: list[Tensor] = []
+
+        def catch(hidden: Tensor) -> Tensor:
+            caught.append(hidden)
+            raise _Stop
+
+        with self._handing_over(0, catch):
+            self._forward(input_ids=ids.to(self.device))
+        return caught[0]
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Inside: block `index` with its weights on the device, ready for `run`."""
+        block = self._blocks[index]
+        self._load([(self.block_name(index), block)])
+        layers = [layer for layer in block.modules() if isinstance(layer, MarlinLinear)]
+        if not self._kernel_runs():
+            for layer in layers:
+                layer.hold_dense(True)
+        aside = self._places[index]
+        self._places[index] = block
+        try:
+            yield block
+        finally:
+            self._places[index] = aside
+            for layer in layers:
+                layer.hold_dense(False)
+            _release(block)
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """hidden [B, T, hidden_size] through block `index`, which must have been entered."""
+        block = self._blocks[index]
+        if self._places[index] is not block:
+            raise RuntimeError(f"block {index} is not loaded: call run inside `with stream.block({index})`")
+        caught: list[Tensor] = []
+
+        def override(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": hidden}
+
+        def catch(_: nn.Module, __: Any, output: Any) -> None:
+            caught.append(output[0] if isinstance(output, tuple) else output)
+            raise _Stop
+
+        hooks = (
+            block.register_forward_pre_hook(override, with_kwargs=True),
+            block.register_forward_hook(catch),
+        )
+        try:
+            self._forward(inputs_embeds=hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return caught[0]
+
+    @torch.no_grad()
+    def head(self, hidden: Tensor) -> Tensor:
+        """The last block's output [B, T, hidden_size] → logits [B, T, vocab_size]: final norm and output head."""
+        self._load(self._outer_modules(None))
+        with self._handing_over(self.n_blocks - 1, lambda _: hidden):
+            return self.model(inputs_embeds=hidden, use_cache=False).logits
+
+    def release(self) -> None:
+        """Let the weights outside the blocks go; `embed` and `head` read them again when called."""
+        for _, module in self._outer_modules(None):
+            _release(module)
+
+    def kernel_name(self) -> str:
+        """What computes the quantized linears here, for reports."""
+        if not self.quantized:
+            return "full precision (no quantized layers)"
+        if self._kernel_runs():
+            major, minor = torch.cuda.get_device_capability(self.device)
+            return f"CUDA kernel (sm_{major}{minor}, {torch.cuda.get_device_name(self.device)})"
+        if self.device.type != "cuda":
+            return f"reference path in plain torch (device {self.device.type})"
+        return f"reference path in plain torch ({library.status().reason})"
+
+    def _kernel_runs(self) -> bool:
+        return self.device.type == "cuda" and library.status().available
+
+    def _forward(self, **inputs: Tensor) -> None:
+        try:
+            self.model(use_cache=False, **inputs)
+        except _Stop:
+            return
+        raise InputError(f"{type(self.model).__name__}: its forward did not reach its decoder blocks; not understood")
+
+    @contextmanager
+    def _handing_over(self, index: int, replacement: Any) -> Iterator[None]:
+        aside = self._places[index]
+        aside.__dict__["hand_over"] = replacement
+        try:
+            yield
+        finally:
+            aside.__dict__["hand_over"] = None
+
+    def outer_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter outside the blocks as it stands in the files, on the CPU; of tied ones the stored one."""
+        for prefix, module in self._outer_modules(None):
+            for own, _ in module.named_parameters(recurse=False):
+                if (name := f"{prefix}.{own}") in self.store:
+                    yield name, self.store.get(name)
+
+    def unknown_tensors(self) -> list[str]:
+        """Names in the files that the architecture has no place for (rotary tables of old checkpoints aside)."""
+        known = {
+            f"{self.block_name(i)}.{name}" for i, block in enumerate(self._blocks) for name, _ in _persistent(block)
+        }
+        known |= {f"{prefix}.{own}" for prefix, module in self._outer_modules(None) for own in module._parameters}
+        return sorted(name for name in set(self.store.names) - known if not name.endswith("rotary_emb.inv_freq"))
+
+    def _outer_modules(self, only: nn.Module | None) -> list[tuple[str, nn.Module]]:
+        """Modules outside the blocks that hold parameters of their own; `only` narrows it to one."""
+        found = []
+        for name, module in self.model.named_modules():
+            if not any(True for _ in module.parameters(recurse=False)):
+                continue
+            if only is None or module is only:
+                found.append((name, module))
+        return found
+
+    def _load(self, modules: list[tuple[str, nn.Module]]) -> None:
+        """Read every parameter and persistent buffer of these modules that is still without data."""
+        for prefix, root in modules:
+            for name, module in root.named_modules():
+                full = ".".join(part for part in (prefix, name) if part)
+                for own, parameter in module.named_parameters(recurse=False):
+                    if parameter.is_meta:
+                        tensor = self._read(f"{full}.{own}", parameter)
+                        setattr(module, own, nn.Parameter(tensor, requires_grad=False))
+                for own, buffer in module.named_buffers(recurse=False):
+                    if buffer.is_meta:
+                        setattr(module, own, self._read(f"{full}.{own}", buffer))
+
+    def _read(self, name: str, like: Tensor) -> Tensor:
+        tensor = self.store.get(self._stored_name(name))
+        if tensor.shape != like.shape:
+            raise CheckpointError(f"{name}: got {list(tensor.shape)}, expected {list(like.shape)} from config.json")
+        if tensor.is_floating_point() != like.is_floating_point():
+            raise CheckpointError(f"{name}: got {tensor.dtype}, expected {like.dtype}")
+        require_finite(name, tensor, "the checkpoint is damaged")
+        moved = tensor.to(self.device, like.dtype)
+        if like.dtype == torch.float16 and tensor.dtype != torch.float16:
+            require_finite(name, moved, "float16 overflows; use --dtype bfloat16")
+        return moved
+
+    def _stored_name(self, name: str) -> str:
+        """Tied weights stand in the file under one name only."""
+        if name in self.store:
+            return name
+        source = self._tied.get(name)
+        if source is not None and source in self.store:
+            return source
+        strangers = self.unknown_tensors()
+        if strangers:
+            raise InputError(
+                f"{type(self.model).__name__}: not understood: its files hold {strangers[0]} and no {name}, that is, "
+                "they store the model in another form than this version of transformers runs it"
+            )
+        raise CheckpointError(f"{self.model_dir}: the tensor {name} is missing; fetch the checkpoint again")
+
+    def _tied_names(self) -> dict[str, str]:
+        if not getattr(self.config, "tie_word_embeddings", False):
+            return {}
+        names = {id(module): name for name, module in self.model.named_modules()}
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        if head is None:
+            return {}
+        one, other = f"{names[id(head)]}.weight", f"{names[id(embedding)]}.weight"
+        return {one: other, other: one}
+
+    def _require_complete(self) -> None:
+        """CheckpointError, before any work, for a tensor the architecture needs and the files lack or misshape."""
+        for index, block in enumerate(self._blocks):
+            for name, tensor in _persistent(block):
+                self._require_shape(f"{self.block_name(index)}.{name}", tensor)
+        for prefix, module in self._outer_modules(None):
+            for own, parameter in module.named_parameters(recurse=False):
+                self._require_shape(f"{prefix}.{own}", parameter)
+
+    def _require_shape(self, name: str, like: Tensor) -> None:
+        shape = list(self.store.shape(self._stored_name(name)))
+        if shape != list(like.shape):
+            hint = ""
+            if name.endswith(".scales") and self.settings is not None:
+                hint = f" and group_size {self.settings.group_size}"
+            raise CheckpointError(f"{name}: got {shape}, expected {list(like.shape)} from config.json{hint}")
+
+    def _move_buffers(self) -> None:
+        """Rotary tables and the like, which no file holds, to the device."""
+        holders = [self.model, *self._blocks]
+        for root in holders:
+            for module in root.modules():
+                for own, buffer in module.named_buffers(recurse=False):
+                    if not buffer.is_meta:
+                        module._buffers[own] = buffer.to(self.device)
+
+
+def stored_dtype(store: TensorStore, quantized: bool) -> torch.dtype:
+    """The float dtype of a checkpoint's linears: that of their scales, if it is quantized."""
+    ending = ".scales" if quantized else "_proj.weight"
+    named = [name for name in store.names if name.endswith(ending)] or store.names
+    if not named:
+        raise CheckpointError(f"{store.directory}: its weight files hold no tensor")
+    dtype = store.dtype(named[0])
+    return dtype if dtype.is_floating_point else torch.float16
+
+
+def _persistent(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from block.named_parameters()
+    temporary = {
+        f"{name}.{own}" if name else own
+        for name, module in block.named_modules()
+        for own in module._non_persistent_buffers_set
+    }
+    yield from ((name, buffer) for name, buffer in block.named_buffers() if name not in temporary)
+
+
+def _release(root: nn.Module) -> None:
+    for module in root.modules():
+        for own, parameter in module.named_parameters(recurse=False):
+            setattr(module, own, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        for own, buffer in module.named_buffers(recurse=False):
+            if own not in module._non_persistent_buffers_set:
+                module._buffers[own] = buffer.to("meta")

@@ -1,0 +1,95 @@
+"""transformers' side: `from_pretrained` on a quantized directory gives a model of MarlinLinear layers.
+
+Importing this file registers the format; `marlin_gptq` does it. The buffers of MarlinLinear have the names of the
+tensors on disk, so that loading and saving need no conversion.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
+from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.modeling.architecture import replace_linears
+from marlin_gptq.modeling.linear import MarlinLinear
+
+
+@register_quantization_config(QUANT_METHOD)
+class MarlinGPTQConfig(QuantizationConfigMixin):
+    """The settings as transformers hands them around; QuantizationConfig holds and checks them."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.settings = QuantizationConfig.from_dict(settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in config.json."""
+        return self.settings.to_dict()
+
+
+@register_quantizer(QUANT_METHOD)
+class MarlinGPTQQuantizer(HfQuantizer):
+    """Puts MarlinLinear layers in place before the weights are read, and refuses incomplete files."""
+
+    requires_calibration = True
+    quantization_config: MarlinGPTQConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config: Any = model.config
+        dtype: Any = model.dtype
+        names = replace_linears(model, config, self.quantization_config.settings, dtype)
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or [] if str(file).endswith(".safetensors")]
+        if files:
+            _require_tensors(model, names, files)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return model
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float32 is refused by name: the kernel computes in the dtype of the scales."""
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise InputError(
+                f"dtype: got {dtype}, but a Marlin checkpoint runs in float16 or bfloat16; pass dtype='auto'"
+            )
+        return dtype
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes are integers."""
+        return False
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        """`save_pretrained` writes the Marlin layout back as it was read."""
+        return True
+
+
+def _require_tensors(model: nn.Module, names: list[str], files: list[Path]) -> None:
+    """CheckpointError for a quantized tensor that is missing or misshaped, which transformers would initialise."""
+    shapes: dict[str, tuple[list[int], Path]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    shapes[key] = (tensors.get_slice(key).get_shape(), file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: truncated or corrupt ({error}); fetch or copy it again") from error
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, MarlinLinear)
+        for own, buffer in layer.named_buffers():
+            key = f"{name}.{own}"
+            if key not in shapes:
+                raise CheckpointError(f"{key}: missing from {files[0].parent}; fetch or make the checkpoint again")
+            if shapes[key][0] != list(buffer.shape):
+                raise CheckpointError(
+                    f"{key}: got {shapes[key][0]}, expected {list(buffer.shape)} from config.json and group_size "
+                    f"{layer.group_size}"
+                )

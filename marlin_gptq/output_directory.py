@@ -1,0 +1,82 @@
+"""The small files of a quantized directory: config.json, log, model card, and what the tokenizer needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from marlin_gptq.checkpoint import CheckpointWriter, read_json
+from marlin_gptq.report import QuantizeReport
+
+LOG_FILE = "quantize_log.json"
+
+
+def write_companions(writer: CheckpointWriter, model_dir: Path, report: QuantizeReport) -> None:
+    """Everything beside the weights, so that the directory is a complete Hugging Face model."""
+    config = read_json(model_dir / "config.json")
+    config.pop("torch_dtype", None)
+    config |= {"dtype": report.dtype, "quantization_config": report.config.to_dict()}
+    writer.copy_companions(model_dir, leave=("config.json", "README.md", LOG_FILE))
+    writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
+    writer.write_text(LOG_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
+    writer.write_text("README.md", model_card(model_dir.resolve().name, report))
+
+
+def model_card(base: str, report: QuantizeReport) -> str:
+    """Markdown with settings, figures and how to load the model."""
+    config, calibration = report.config, report.calibration
+    group = "whole row" if config.group_size == -1 else str(config.group_size)
+    rows = [
+        ("method", f"{config.method}, preset `{config.preset}`"),
+        ("bits, group size", f"{config.bits}, {group}"),
+        ("dtype of scales and activations", report.dtype),
+    ]
+    if config.method == "gptq":
+        rows += [
+            ("clipping searched", "yes" if config.clip else "no"),
+            ("damping", f"{config.damp_percent:g} of the mean diagonal"),
+            ("true-sequential", "yes" if config.true_sequential else "no"),
+        ]
+        rows += [(f"calibration: {key}", str(value)) for key, value in calibration.items()]
+    if config.skip:
+        rows.append(("left in full precision", ", ".join(f"`{pattern}`" for pattern in config.skip)))
+    rows += [
+        ("size of the weights", f"{report.bytes_before / 1e6:.1f} MB → {report.bytes_after / 1e6:.1f} MB"),
+        ("linears quantized", str(len(report.records))),
+        ("mean relative error", f"{report.mean_relative_error:.5f}"),
+    ]
+    if report.worst is not None:
+        rows.append(("worst relative error", f"{report.worst.relative_error:.5f} (`{report.worst.name}`)"))
+    rows.append(("time", f"{report.seconds:.1f} s on {report.device}"))
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    measure = "squared output error over squared output on the calibration text"
+    if config.method == "rtn":
+        measure = "squared error of the weights over their squares"
+    return f"""---
+library_name: transformers
+base_model: {base}
+tags: [marlin, gptq, 4-bit, marlin-gptq]
+---
+
+# {base}, 4 bits in the Marlin format
+
+Made by marlin-gptq. The licence is that of the base model.
+
+| setting or figure | value |
+|---|---|
+{table}
+
+Relative error: {measure}, per linear; the figures of each are in `{LOG_FILE}`.
+
+## Load it
+
+```python
+import marlin_gptq  # first: without it transformers initialises the quantized layers at random
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
+```
+
+Perplexity: `marlin-eval perplexity PATH_OF_THIS_DIRECTORY --dataset wikitext2`
+"""

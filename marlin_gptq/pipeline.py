@@ -1,0 +1,266 @@
+"""The whole story in one file: a checkpoint and calibration samples in, a quantized checkpoint out, block by block.
+
+embed all samples
+for each decoder block, alone on the device:
+    run the samples through it and sum the Hessian of each distinct input of its linears
+    quantize the linears, pack them, write them
+    run the samples through the quantized block: the inputs of the next one
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from marlin_gptq.checkpoint import CheckpointWriter, TensorStore
+from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.errors import InputError, QuantizationError
+from marlin_gptq.modeling.architecture import (
+    block_linears,
+    read_config,
+    require_divisible,
+    require_finite,
+    require_full_precision,
+)
+from marlin_gptq.modeling.blocks import BlockStream, stored_dtype
+from marlin_gptq.modeling.linear import pack
+from marlin_gptq.modeling.observe import collect_hessians, shared_inputs
+from marlin_gptq.output_directory import write_companions
+from marlin_gptq.quantization.gptq import gptq_quantize, rtn_quantize
+from marlin_gptq.quantization.hessian import Factor, Hessian, NotPositiveDefinite, factor, relative_error
+from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport, linear_record
+
+logger = logging.getLogger(__name__)
+
+
+def require_quantizable(model_dir: Path, config: QuantizationConfig) -> None:
+    """InputError for a model that cannot be quantized as asked, from its config and file headers alone."""
+    require_full_precision(model_dir, read_config(model_dir))
+    stream = BlockStream(model_dir, device=torch.device("cpu"))
+    _linears_of(stream, config)
+
+
+def quantize_model(
+    model_dir: Path,
+    output: Path,
+    config: QuantizationConfig,
+    samples: list[Tensor],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    shard_size: int = 10**9,
+    overwrite: bool = False,
+    calibration: dict[str, Any] | None = None,
+    progress: Callable[[ProgressEvent], None] | None = None,
+) -> QuantizeReport:
+    """Quantize the decoder linears of `model_dir` into the new directory `output`.
+
+    samples   token ids, int64 [T] each, of their natural lengths; may be empty for method rtn.
+    dtype     float16 or bfloat16 of the result; None keeps the checkpoint's (float32 becomes float16).
+    shard_size, in bytes, is also the most output that waits in host memory.
+
+    Nothing appears under `output` before everything is written. Raises InputError, CheckpointError or
+    QuantizationError, each naming what is wrong; an interrupted run leaves nothing behind.
+    """
+    started = time.perf_counter()
+    if config.method == "gptq" and not samples:
+        raise InputError("samples: got none, GPTQ needs calibration text; use method rtn to round without it")
+    require_full_precision(model_dir, read_config(model_dir))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    stored = stored_dtype(TensorStore(model_dir), quantized=False)
+    target = dtype or (stored if stored in (torch.float16, torch.bfloat16) else torch.float16)
+    stream = BlockStream(model_dir, device=device, dtype=target if device.type == "cuda" else torch.float32)
+    linears = _linears_of(stream, config)
+    run = _Run(stream, config, target, sum(map(len, linears)), progress)
+
+    with CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite) as writer:
+        hidden = run.embed(samples) if config.method == "gptq" else []
+        for name, tensor in stream.outer_parameters():
+            writer.add(name, run.stored(name, tensor))
+        for index, names in enumerate(linears):
+            hidden = run.block(index, list(names), hidden, writer)
+        run.report("write", stream.n_blocks - 1, None, None)
+        unknown = stream.unknown_tensors()
+        if unknown:
+            logger.warning(
+                "%d tensors that the architecture has no place for were left out (%s)",
+                len(unknown),
+                unknown[0],
+            )
+        report = QuantizeReport(
+            output=output,
+            config=config,
+            calibration=calibration or {},
+            device=str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
+            dtype=str(target).removeprefix("torch."),
+            seconds=time.perf_counter() - started,
+            bytes_before=sum(stream.store.size(name) for name in stream.store.names if name not in set(unknown)),
+            bytes_after=writer.total_bytes,
+            peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            unknown_tensors=unknown,
+            records=run.records,
+        )
+        write_companions(writer, model_dir, report)
+        writer.finish()
+    return report
+
+
+def _linears_of(stream: BlockStream, config: QuantizationConfig) -> list[dict[str, nn.Linear]]:
+    """The linears to quantize, block by block; InputError if a group does not fit or there is nothing to do."""
+    linears = []
+    for index in range(stream.n_blocks):
+        linears.append(block_linears(stream.block_module(index), stream.block_name(index), config))
+        require_divisible(linears[-1], config.group_size)
+    if not any(linears):
+        raise InputError(f"skip: {', '.join(config.skip)} leaves no linear to quantize")
+    return linears
+
+
+@dataclass
+class _Run:
+    """What every step of one quantization shares."""
+
+    stream: BlockStream
+    config: QuantizationConfig
+    target: torch.dtype
+    total: int
+    progress: Callable[[ProgressEvent], None] | None
+    records: list[LinearRecord] = field(default_factory=list)
+
+    def report(self, stage: str, block: int, linear: str | None, error: float | None) -> None:
+        if self.progress is not None:
+            done = len(self.records)
+            self.progress(ProgressEvent(stage, block, self.stream.n_blocks, linear, done, self.total, error))
+
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        """Floats in the dtype of the result; QuantizationError where they overflow it."""
+        if not tensor.is_floating_point():
+            return tensor
+        require_finite(name, tensor, "the checkpoint is damaged")
+        cast = tensor.to(self.target)
+        require_finite(name, cast, f"they overflow {self.target}; use --dtype bfloat16")
+        return cast
+
+    def embed(self, samples: list[Tensor]) -> list[Tensor]:
+        """Block 0's inputs, [1, T, hidden] each, on the device if half of its free memory holds them."""
+        vocabulary = self.stream.config.vocab_size
+        place = self._place(sum(len(sample) for sample in samples))
+        hidden = []
+        for sample in samples:
+            if int(sample.max()) >= vocabulary or int(sample.min()) < 0:
+                raise InputError(
+                    f"token {int(sample.max())} is outside the model's vocabulary of {vocabulary}: the tokenizer "
+                    "does not belong to this model"
+                )
+            hidden.append(self.stream.embed(sample.unsqueeze(0)).to(place))
+        self.stream.release()
+        return hidden
+
+    def _place(self, tokens: int) -> torch.device:
+        if self.stream.device.type != "cuda":
+            return self.stream.device
+        size = tokens * self.stream.config.hidden_size * self.stream.dtype.itemsize
+        free, _ = torch.cuda.mem_get_info(self.stream.device)
+        return self.stream.device if size < free / 2 else torch.device("cpu")
+
+    def block(self, index: int, names: list[str], hidden: list[Tensor], writer: CheckpointWriter) -> list[Tensor]:
+        """Quantize block `index`, write its tensors, return the inputs of the next block."""
+        with self.stream.block(index) as block:
+            prefix = self.stream.block_name(index)
+            linears = {name: _linear(block, name.removeprefix(f"{prefix}.")) for name in names}
+            self.report("calibrate", index, None, None)
+            packed: dict[str, Tensor] = {}
+            if self.config.method == "rtn":
+                groups = [[name] for name in names]
+                self._quantize(index, groups, linears, {}, packed)
+            elif names:
+                groups = shared_inputs(self.stream, index, linears, hidden[0])
+                for stage in [[group] for group in groups] if self.config.true_sequential else [groups]:
+                    hessians = collect_hessians(self.stream, index, stage, linears, hidden)
+                    self._quantize(index, stage, linears, hessians, packed)
+            for name, tensor in _named_tensors(block, prefix):
+                if name.removesuffix(".weight") not in linears:
+                    writer.add(name, self.stored(name, tensor))
+            for name, tensor in packed.items():
+                writer.add(name, tensor)
+            if self.config.method == "rtn" or index + 1 == self.stream.n_blocks:
+                return []
+            return [self.stream.run(index, h.to(self.stream.device)).to(h.device) for h in hidden]
+
+    def _quantize(
+        self,
+        index: int,
+        groups: list[list[str]],
+        linears: dict[str, nn.Linear],
+        hessians: dict[str, Hessian],
+        packed: dict[str, Tensor],
+    ) -> None:
+        for group in groups:
+            started = time.perf_counter()
+            # Rows are independent: linears of one input are solved as one tall weight under one Hessian.
+            weight = torch.cat([self._weight(name, linears[name]) for name in group])
+            hessian, found = None, Factor(torch.empty(0), 0.0)
+            if self.config.method == "rtn":
+                quantized = rtn_quantize(weight, group_size=self.config.group_size, scale_dtype=self.target)
+            else:
+                hessian, found = self._factor(group, hessians)
+                quantized = gptq_quantize(
+                    weight,
+                    found.upper,
+                    group_size=self.config.group_size,
+                    scale_dtype=self.target,
+                    block_size=self.config.block_size,
+                    clip=self.config.clip,
+                )
+            seconds = time.perf_counter() - started
+            row = 0
+            for name in group:
+                linear = linears[name]
+                rows = slice(row, row + linear.out_features)
+                row = rows.stop
+                part = quantized.rows(rows.start, rows.stop)
+                error = relative_error(weight[rows], part.dequantize(), hessian)
+                share = seconds * linear.out_features / weight.shape[0]
+                self.records.append(linear_record(name, index, part, error, found.damp_percent, share))
+                packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
+                linear.weight = nn.Parameter(part.dequantize().to(linear.weight.dtype), requires_grad=False)
+                self.report("quantize", index, name, error)
+
+    def _weight(self, name: str, linear: nn.Linear) -> Tensor:
+        require_finite(f"{name}.weight", linear.weight.to(self.target), f"they overflow {self.target}")
+        return linear.weight.float()
+
+    def _factor(self, group: list[str], hessians: dict[str, Hessian]) -> tuple[Tensor, Factor]:
+        try:
+            hessian = hessians[group[0]].mean()
+            found = factor(hessian, self.config.damp_percent)
+        except NotPositiveDefinite as error:
+            raise QuantizationError(f"{group[0]}: {error}; use more or other calibration text") from error
+        except ValueError as error:
+            raise QuantizationError(f"{group[0]}: {error}; try --dtype bfloat16") from error
+        if found.damp_percent != self.config.damp_percent:
+            logger.warning(
+                "%s: the Hessian was not positive definite, damping raised from %g to %g",
+                ", ".join(group),
+                self.config.damp_percent,
+                found.damp_percent,
+            )
+        return hessian, found
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    module = block.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _named_tensors(block: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:
+    return [(f"{prefix}.{name}", tensor) for name, tensor in block.state_dict().items()]

@@ -1,0 +1,1 @@
+"""Pure tensors in, tensors out: no files, no transformers, no GPU required."""

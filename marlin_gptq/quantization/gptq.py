@@ -1,0 +1,75 @@
+"""GPTQ: quantize column by column, each error pushed onto the columns still to come.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
+(arXiv 2210.17323, Algorithm 1), with the original Marlin repository's search of each group's clipping ratio under
+the conditional Hessian. Rows are independent of one another, so the weights of several linears that share their
+input may be stacked and quantized in one call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from marlin_gptq.quantization.grid import clipped_scale, full_scale
+from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, round_to_codes
+
+
+def gptq_quantize(
+    weight: Tensor,
+    upper: Tensor,
+    *,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    block_size: int = 128,
+    clip: bool = True,
+) -> QuantizedWeight:
+    """Quantize weight [out_features, in_features] (any float dtype) under `upper`, the factor U of `hessian.factor`.
+
+    A group's scale is found when its first column is reached, from the weights as compensated so far, rounded to
+    `scale_dtype`, and only then are codes chosen. Raises ValueError if the groups do not fill the row.
+    """
+    out_features, in_features = weight.shape
+    columns = columns_per_group(in_features, group_size)
+    if columns % block_size and block_size % columns and columns != in_features:
+        raise ValueError(f"block_size: got {block_size}, which does not line up with groups of {columns}")
+    remaining = weight.float().clone()
+    codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(out_features, in_features // columns, dtype=scale_dtype, device=weight.device)
+
+    for start in range(0, in_features, block_size):
+        stop = min(start + block_size, in_features)
+        # Columns as rows: a column of the block is then contiguous, which the inner loop lives on.
+        block = remaining[:, start:stop].t().contiguous()
+        errors = torch.empty_like(block)
+        for column in range(start, stop):
+            group, first = divmod(column, columns)
+            if first == 0:
+                end = column + columns
+                # A group longer than the block reaches into columns that all earlier blocks have compensated.
+                ahead = remaining[:, column:end] if end > stop else block[column - start : end - start].t()
+                if clip:
+                    found = clipped_scale(ahead, upper[column:end, column:end], scale_dtype)
+                else:
+                    found = full_scale(ahead, scale_dtype)
+                scales[:, group] = found.squeeze(1)
+                step = found.squeeze(1).float()
+            original = block[column - start]
+            code = round_to_codes(original, step)
+            codes[:, column] = code
+            error = (original - (code.float() - 8) * step) / upper[column, column]
+            errors[column - start] = error
+            later = upper[column, column + 1 : stop]
+            block[column - start + 1 :].addr_(later, error, alpha=-1.0)
+        remaining[:, stop:].addmm_(errors.t(), upper[start:stop, stop:], alpha=-1.0)
+    return QuantizedWeight(codes, scales, None, group_size)
+
+
+def rtn_quantize(weight: Tensor, *, group_size: int, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """Round to nearest on the full grid of each group, no calibration: the baseline, only when asked for."""
+    out_features, in_features = weight.shape
+    columns = columns_per_group(in_features, group_size)
+    groups = weight.float().reshape(-1, columns)
+    scales = full_scale(groups, scale_dtype)
+    codes = round_to_codes(groups, scales).reshape(out_features, in_features)
+    return QuantizedWeight(codes, scales.reshape(out_features, -1), None, group_size)

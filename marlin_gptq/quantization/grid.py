@@ -1,0 +1,63 @@
+"""Scales of one group: where the 16 steps of a symmetric grid lie.
+
+The full grid spans ±absmax: scale = 2·absmax/15. Clipping shrinks it by a ratio p, which trades the error of the few
+largest weights against that of all others; the best p is searched under the error GPTQ will really see.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from marlin_gptq.quantization.weight import round_to_codes
+
+# p = 1, 0.99, …, 0.25, as the original Marlin repository searches.
+CLIP_RATIOS = tuple(round(1 - 0.01 * step, 2) for step in range(76))
+# Scratch of the search: rows × columns × ratios tried at once, in elements of float32 (64 MiB).
+_SCRATCH_ELEMENTS = 1 << 24
+
+
+def full_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """2·absmax/15 per row of weight [rows, columns], rounded to the stored dtype → [rows, 1].
+
+    A row of zeros gets scale 1, so that no scale is ever 0.
+    """
+    return stored_scale(weight.float().abs().amax(dim=1, keepdim=True) * (2 / 15), dtype)
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to the stored dtype before codes are chosen; never 0, Inf or subnormal, which no kernel need handle."""
+    limits = torch.finfo(dtype)
+    bounded = torch.where(scale == 0, torch.ones_like(scale), scale).clamp(limits.tiny, limits.max)
+    return bounded.to(dtype)
+
+
+def clipped_scale(weight: Tensor, upper: Tensor, dtype: torch.dtype) -> Tensor:
+    """Per row the scale p·2·absmax/15 with the least ‖(Q(w) − w)·U⁻¹‖² → [rows, 1] in the stored dtype.
+
+    weight  [rows, columns], the group as GPTQ sees it now (already compensated for earlier columns).
+    upper   [columns, columns], the group's diagonal block of U: U⁻¹·U⁻ᵀ is the Hessian of the group given that
+            the columns after it are free to compensate.
+    Of equal errors the largest p wins. Reference: the recipe of the original Marlin repository.
+    """
+    weight = weight.float()
+    rows, columns = weight.shape
+    identity = torch.eye(columns, dtype=torch.float32, device=weight.device)
+    whitener = torch.linalg.solve_triangular(upper.float(), identity, upper=True)
+    full = weight.abs().amax(dim=1, keepdim=True) * (2 / 15)
+    ratios = torch.tensor(CLIP_RATIOS, dtype=torch.float32, device=weight.device)
+
+    best_error = torch.full((rows, 1), torch.inf, device=weight.device)
+    best_scale = stored_scale(full, dtype)
+    at_once = max(1, _SCRATCH_ELEMENTS // max(1, rows * columns))
+    for chunk in ratios.split(at_once):
+        scales = stored_scale(full * chunk, dtype).t().unsqueeze(-1)  # [ratios, rows, 1]
+        codes = round_to_codes(weight, scales)
+        difference = (codes.float() - 8) * scales.float() - weight
+        errors = (difference @ whitener).square().sum(dim=-1)  # [ratios, rows]
+        error, index = errors.min(dim=0)  # the first of equals, hence the largest ratio
+        better = error.unsqueeze(1) < best_error
+        chosen = scales.squeeze(-1).gather(0, index.unsqueeze(0)).t()
+        best_scale = torch.where(better, chosen, best_scale)
+        best_error = torch.where(better, error.unsqueeze(1), best_error)
+    return best_scale

@@ -1,0 +1,106 @@
+"""The Hessian of a linear's squared output error: accumulate, damp, factor.
+
+For a linear with weight W and inputs x the error of a quantized Q is tr((W−Q)·H·(W−Q)ᵀ) with H = Σ 2·x·xᵀ / tokens
+(Frantar et al., "GPTQ", arXiv 2210.17323). All of it is float32 and runs on the device of the tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_DAMP_PERCENT = 10.0
+
+
+class Hessian:
+    """Sum of 2·x·xᵀ over tokens, float32 [in_features, in_features]."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Accumulate inputs [..., in_features] of any float dtype; every vector is one token."""
+        vectors = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.sum.addmm_(vectors.t(), vectors, alpha=2.0)
+        self.tokens += vectors.shape[0]
+
+    def mean(self) -> Tensor:
+        """H, normalised by tokens. ValueError if no token has been seen."""
+        if self.tokens == 0:
+            raise ValueError("no calibration token reached this layer")
+        return self.sum / self.tokens
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Upper Cholesky factor U of the damped inverse, (H + λI)⁻¹ = Uᵀ·U, and the damping it took."""
+
+    upper: Tensor
+    damp_percent: float
+
+
+class NotPositiveDefinite(ValueError):
+    """Damping up to MAX_DAMP_PERCENT did not make the Hessian positive definite."""
+
+
+def damp(hessian: Tensor, damp_percent: float) -> Tensor:
+    """H + λI with λ = damp_percent · mean(diag H).
+
+    An input feature that never fired has a row of zeros; its diagonal becomes the mean of the others, so that its
+    weights are rounded on their own without pushing the damping about.
+    """
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
+    live = diagonal > 0
+    mean = diagonal[live].mean() if bool(live.any()) else torch.ones((), device=hessian.device)
+    diagonal.copy_(torch.where(live, diagonal, mean) + damp_percent * mean)
+    return damped
+
+
+def inverse_factor(damped: Tensor) -> Tensor | None:
+    """U, upper triangular, with damped⁻¹ = Uᵀ·U; None if `damped` is not positive definite in float32.
+
+    With J the flip of rows and columns, J·H·J = L·Lᵀ gives H = R·Rᵀ where R = J·L·J is upper triangular,
+    hence H⁻¹ = (R⁻¹)ᵀ·R⁻¹: one Cholesky and one triangular solve instead of Cholesky, inverse, Cholesky.
+    """
+    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if int(info) != 0:
+        return None
+    identity = torch.eye(damped.shape[0], dtype=damped.dtype, device=damped.device)
+    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return upper if bool(torch.isfinite(upper).all()) else None
+
+
+def factor(hessian: Tensor, damp_percent: float) -> Factor:
+    """Factor H with the asked damping; while it is not positive definite, ten times more, up to a bound.
+
+    Raises NotPositiveDefinite beyond MAX_DAMP_PERCENT and ValueError for NaN or Inf in the Hessian.
+    The damping that was used is returned, so that a caller can say so loudly.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("the Hessian holds NaN or Inf: the calibration activations of this layer overflowed")
+    tried = []
+    while True:
+        upper = inverse_factor(damp(hessian, damp_percent))
+        if upper is not None:
+            return Factor(upper, damp_percent)
+        tried.append(f"{damp_percent:g}")
+        if damp_percent >= MAX_DAMP_PERCENT:
+            raise NotPositiveDefinite(f"the Hessian is not positive definite even with damping {', '.join(tried)}")
+        damp_percent = min(damp_percent * 10, MAX_DAMP_PERCENT)
+
+
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
+    """tr((W−Q)·H·(W−Q)ᵀ) / tr(W·H·Wᵀ): squared output error over squared output, 0 if the output is 0.
+
+    Without a Hessian (nothing was calibrated) the plain ‖W−Q‖² / ‖W‖².
+    """
+    return _energy(weight.float() - quantized.float(), hessian) / (_energy(weight.float(), hessian) or 1.0)
+
+
+def _energy(weight: Tensor, hessian: Tensor | None) -> float:
+    image = weight if hessian is None else weight @ hessian
+    return float((image * weight).sum(dtype=torch.float64))

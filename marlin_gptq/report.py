@@ -1,0 +1,99 @@
+"""What a quantization tells while it runs and when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.quantization.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """What became of one linear.
+
+    relative_error  squared output error over squared output under the calibration Hessian (of the weights alone for
+                    method rtn); damp_percent is what the factorisation took, 0 for rtn.
+    """
+
+    name: str
+    block: int
+    in_features: int
+    out_features: int
+    relative_error: float
+    damp_percent: float
+    scale_min: float
+    scale_mean: float
+    scale_max: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ProgressEvent:
+    """Sent as work goes on: `done` of `total` linears are finished; stage is calibrate, quantize or write."""
+
+    stage: str
+    block: int
+    blocks: int
+    linear: str | None
+    done: int
+    total: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """The result, as it stands in quantize_log.json."""
+
+    output: Path
+    config: QuantizationConfig
+    calibration: dict[str, Any]
+    device: str
+    dtype: str
+    seconds: float
+    bytes_before: int
+    bytes_after: int
+    peak_gpu_bytes: int | None
+    unknown_tensors: list[str]
+    records: list[LinearRecord] = field(default_factory=list)
+
+    @property
+    def mean_relative_error(self) -> float:
+        return sum(record.relative_error for record in self.records) / max(1, len(self.records))
+
+    @property
+    def worst(self) -> LinearRecord | None:
+        return max(self.records, key=lambda record: record.relative_error, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON; sizes in bytes, times in seconds."""
+        content = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        content |= {
+            "output": str(self.output),
+            "config": self.config.to_dict(),
+            "records": [asdict(record) for record in self.records],
+            "mean_relative_error": self.mean_relative_error,
+        }
+        return content
+
+
+def linear_record(
+    name: str, block: int, weight: QuantizedWeight, error: float, damp_percent: float, seconds: float
+) -> LinearRecord:
+    """The record of a quantized linear, with the statistics of its scales."""
+    out_features, in_features = weight.codes.shape
+    scales = weight.scales.float()
+    return LinearRecord(
+        name=name,
+        block=block,
+        in_features=in_features,
+        out_features=out_features,
+        relative_error=error,
+        damp_percent=damp_percent,
+        scale_min=float(scales.min()),
+        scale_mean=float(scales.mean()),
+        scale_max=float(scales.max()),
+        seconds=seconds,
+    )

@@ -1,0 +1,71 @@
+"""Slow, obvious references and small models that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def random_hessian(features: int, seed: int, tokens: int | None = None) -> Tensor:
+    """A Hessian of correlated, heavy-tailed inputs, float32 [features, features]."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = tokens or 4 * features
+    mixing = torch.randn(features, features, generator=generator) / features**0.5
+    spread = torch.randn(features, generator=generator).exp()
+    inputs = torch.randn(tokens, features, generator=generator) @ (torch.eye(features) + mixing) * spread
+    return 2 * inputs.t() @ inputs / tokens
+
+
+def random_weight(rows: int, columns: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) / columns**0.5
+
+
+def tiny_config(architecture: str = "llama", **changes: Any) -> Any:
+    """A transformers config of a model that fits in a blink: hidden 128, two blocks."""
+    from transformers import AutoConfig
+
+    settings: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+    }
+    return AutoConfig.for_model(architecture, **(settings | changes))
+
+
+def save_tiny_model(
+    directory: Path,
+    architecture: str = "llama",
+    *,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    shard_size: str = "5GB",
+    **changes: Any,
+) -> Path:
+    """A random model of `tiny_config` as a Hugging Face directory (no tokenizer)."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=dtype)
+    for parameter in model.parameters():  # biases and norms start constant: give them something to lose
+        if parameter.dim() == 1:
+            parameter.data.add_(0.05 * torch.randn(parameter.shape).to(dtype))
+    model.save_pretrained(directory, max_shard_size=shard_size)
+    return directory
+
+
+def random_samples(count: int, vocabulary: int = 96, seed: int = 0, longest: int = 64) -> list[Tensor]:
+    """Token id samples of natural (that is, different) lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, longest + 1, (count,), generator=generator)
+    return [torch.randint(0, vocabulary, (int(length),), generator=generator) for length in lengths]

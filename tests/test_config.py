@@ -1,0 +1,65 @@
+"""config.py: what it accepts, refuses and writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.errors import InputError
+
+
+def test_defaults_are_the_seed_recipe() -> None:
+    config = QuantizationConfig()
+    assert (config.bits, config.group_size, config.damp_percent, config.block_size) == (4, 128, 0.1, 128)
+    assert (config.method, config.preset, config.clip, config.true_sequential) == (
+        "gptq",
+        "marlin",
+        True,
+        False,
+    )
+
+
+def test_round_trip_through_json() -> None:
+    config = QuantizationConfig(group_size=32, clip=False, skip=("down_proj$", "layers.0"))
+    text = json.dumps(config.to_dict())
+    assert QuantizationConfig.from_dict(json.loads(text)) == config
+    assert config.to_dict()["quant_method"] == "marlin_gptq"
+    assert config.to_dict()["checkpoint_format"] == "marlin"
+
+
+def test_skip_matches_anywhere_in_the_name() -> None:
+    config = QuantizationConfig(skip=("down_proj$", r"layers\.0\."))
+    assert config.skips("model.layers.3.mlp.down_proj")
+    assert config.skips("model.layers.0.mlp.up_proj")
+    assert not config.skips("model.layers.10.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 8}, "bits: got 8, the Marlin format holds 4-bit codes only"),
+        ({"group_size": 100}, "group_size: got 100, expected one of 128, 64, 32 or -1"),
+        ({"sym": False}, "sym: got false"),
+        ({"desc_act": True}, "desc_act: got true"),
+        ({"method": "awq"}, "method: got 'awq', expected 'gptq' or 'rtn'"),
+        ({"preset": "other"}, "preset: got 'other', expected 'marlin'"),
+        ({"damp_percent": 0}, "damp_percent: got 0, expected a number above 0"),
+        ({"damp_percent": "a"}, "damp_percent: got a"),
+        ({"block_size": 100}, "block_size: got 100, expected a positive multiple of 32"),
+        ({"skip": "("}, "expected a list"),
+        ({"skip": ("(",)}, r"skip: '\(' is not a regular expression"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        QuantizationConfig(**changes)
+
+
+def test_foreign_checkpoints_are_refused() -> None:
+    with pytest.raises(InputError, match="quant_method: got 'gptq', expected 'marlin_gptq'"):
+        QuantizationConfig.from_dict({"quant_method": "gptq"})
+    with pytest.raises(InputError, match="checkpoint_format: got 'other', expected 'marlin'"):
+        QuantizationConfig.from_dict({"checkpoint_format": "other"})
+    assert QuantizationConfig.from_dict({"bits": 4, "written_by_a_later_version": 1}) == QuantizationConfig()
