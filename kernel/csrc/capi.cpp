@@ -1,0 +1,150 @@
+#include "capi.h"
+
+#include <cuda_runtime_api.h>
+
+#include <climits>
+
+#include "dispatch/heuristics.h"
+#include "dispatch/launch.h"
+#include "dispatch/workspace.h"
+
+using namespace marlin_gptq;
+
+namespace {
+
+// The current device for the length of a call.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device) : wanted_(device) {
+        error_ = cudaGetDevice(&previous_);
+        if (error_ == cudaSuccess && previous_ != wanted_) error_ = cudaSetDevice(wanted_);
+    }
+    ~DeviceGuard() {
+        if (error_ == cudaSuccess && previous_ != wanted_) cudaSetDevice(previous_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+    cudaError_t error() const { return error_; }
+
+  private:
+    int wanted_;
+    int previous_ = 0;
+    cudaError_t error_;
+};
+
+// An error that the caller is told must not be found again by whoever next asks CUDA for its last one.
+int reported(cudaError_t error) {
+    if (error != cudaSuccess) cudaGetLastError();
+    return error;
+}
+
+bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+int check_problem(const Problem& p) {
+    if (p.m < 0 || p.n <= 0 || p.k <= 0 || p.n % 64 != 0 || p.k % 16 != 0) return MARLIN_GPTQ_BAD_SHAPE;
+    if (p.m > INT_MAX - kMaxTileM || p.n > INT_MAX / 2 || p.k > INT_MAX / 2) return MARLIN_GPTQ_BAD_SHAPE;
+    if (!is_grouped(p)) return p.group_size == -1 || p.group_size == p.k ? 0 : MARLIN_GPTQ_BAD_GROUP_SIZE;
+    const bool known = p.group_size == 32 || p.group_size == 64 || p.group_size == 128;
+    return known && p.k % p.group_size == 0 ? 0 : MARLIN_GPTQ_BAD_GROUP_SIZE;
+}
+
+}  // namespace
+
+int marlin_gptq_abi_version(void) { return MARLIN_GPTQ_ABI_VERSION; }
+
+const char* marlin_gptq_error_string(int code) {
+    switch (code) {
+        case 0: return "success";
+        case MARLIN_GPTQ_BAD_SHAPE: return "shape: needs m >= 0, n a multiple of 64, k a multiple of 16";
+        case MARLIN_GPTQ_BAD_GROUP_SIZE: return "group_size: needs -1, k, or 32, 64 or 128 dividing k";
+        case MARLIN_GPTQ_BAD_DTYPE: return "dtype: needs 0 (float16) or 1 (bfloat16)";
+        case MARLIN_GPTQ_BAD_POINTER:
+            return "pointer: a, qweight and scales need 16-byte alignment, bias and c 8-byte alignment";
+        case MARLIN_GPTQ_BAD_STRIDE: return "lda: needs at least k, and a multiple of 8";
+        case MARLIN_GPTQ_BAD_GRID: return "grid: needs 1 to min(units of work, 2 blocks per multiprocessor)";
+        case MARLIN_GPTQ_OLD_DEVICE: return "device: needs compute capability 8.0 or newer";
+        default: return code > 0 ? cudaGetErrorString(static_cast<cudaError_t>(code)) : "unknown error code";
+    }
+}
+
+int marlin_gptq_plan(int64_t m, int64_t n, int64_t k, int64_t group_size, int32_t sms, int32_t shared_bytes_per_sm,
+                     struct marlin_gptq_plan_t* plan) {
+    const Problem problem{m, n, k, group_size};
+    if (const int error = check_problem(problem)) return error;
+    if (m == 0 || sms <= 0) return MARLIN_GPTQ_BAD_SHAPE;
+    const Plan chosen = choose_config(problem, {sms, shared_bytes_per_sm});
+    plan->tile_m = chosen.tile_m;
+    plan->tile_n = kTileN;
+    plan->tile_k = kTileK;
+    plan->stages = chosen.stages;
+    plan->grouped = chosen.grouped;
+    plan->ctas_per_sm = chosen.ctas_per_sm;
+    plan->grid = chosen.grid;
+    plan->threads = kThreads;
+    plan->m_tiles = chosen.m_tiles;
+    plan->n_tiles = chosen.n_tiles;
+    plan->k_tiles = chosen.k_tiles;
+    plan->shared_bytes = static_cast<int32_t>(chosen.shared_bytes);
+    plan->units = chosen.units;
+    plan->reason = chosen.reason;
+    return 0;
+}
+
+int marlin_gptq_gemm(const void* a, const void* qweight, const void* scales, const void* bias, void* c, int64_t m,
+                     int64_t n, int64_t k, int64_t lda, int64_t group_size, int32_t dtype, int32_t device,
+                     void* stream_handle, int32_t grid) {
+    const Problem problem{m, n, k, group_size};
+    if (const int error = check_problem(problem)) return error;
+    if (dtype != 0 && dtype != 1) return MARLIN_GPTQ_BAD_DTYPE;
+    if (m == 0) return 0;
+    if (lda < k || lda % 8 != 0) return MARLIN_GPTQ_BAD_STRIDE;
+    if (a == nullptr || qweight == nullptr || scales == nullptr || c == nullptr || !aligned(a, 16) ||
+        !aligned(qweight, 16) || !aligned(scales, 16) || !aligned(bias, 8) || !aligned(c, 8))
+        return MARLIN_GPTQ_BAD_POINTER;
+
+    DeviceInfo info;
+    if (const cudaError_t error = device_info(device, &info)) return reported(error);
+    if (info.compute_capability < 80) return MARLIN_GPTQ_OLD_DEVICE;
+    const DeviceGuard guard(device);
+    if (guard.error() != cudaSuccess) return reported(guard.error());
+
+    Plan plan = choose_config(problem, {info.sms, info.shared_bytes_per_sm});
+    const auto stream = static_cast<cudaStream_t>(stream_handle);
+    Workspace workspace;
+    if (const cudaError_t error = workspace_for(device, stream, &workspace)) return reported(error);
+    if (grid != 0) {
+        if (grid < 0 || grid > plan.units || grid > workspace.max_grid) return MARLIN_GPTQ_BAD_GRID;
+        plan.grid = grid;
+    }
+    if (plan.units / plan.grid >= INT_MAX) return MARLIN_GPTQ_BAD_SHAPE;
+
+    GemmParams params{};
+    params.a = a;
+    params.qweight = static_cast<const uint32_t*>(qweight);
+    params.scales = scales;
+    params.bias = bias;
+    params.c = c;
+    params.slots = workspace.slots;
+    params.tickets = workspace.tickets;
+    params.lda = lda;
+    params.units = plan.units;
+    params.m = static_cast<int>(m);
+    params.n = static_cast<int>(n);
+    params.k = static_cast<int>(k);
+    params.m_tiles = plan.m_tiles;
+    params.k_tiles = plan.k_tiles;
+    if (plan.grouped) {
+        params.group_shift = group_size == 128 ? 2 : group_size == 64 ? 1 : 0;
+        params.groups = static_cast<int>(k / group_size);
+    }
+    return reported(launch(static_cast<DType>(dtype), plan, params, device, stream));
+}
+
+int marlin_gptq_dirty_tickets(int32_t device, int64_t* dirty, int32_t* workspaces) {
+    const DeviceGuard guard(device);
+    if (guard.error() != cudaSuccess) return guard.error();
+    long long count = 0;
+    const cudaError_t error = count_dirty_tickets(device, &count, workspaces);
+    *dirty = count;
+    return error;
+}

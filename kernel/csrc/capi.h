@@ -1,0 +1,56 @@
+/* The C ABI of libmarlin_gptq: plain C types, no framework. Every function returns 0, a cudaError_t (positive) or one of
+ * the codes below (negative); marlin_gptq_error_string explains all of them.
+ *
+ * A change of any signature or meaning raises MARLIN_GPTQ_ABI_VERSION; the Python side refuses another number. */
+#pragma once
+
+#include <stdint.h>
+
+#define MARLIN_GPTQ_ABI_VERSION 1
+
+#if defined(__cplusplus)
+#define MARLIN_GPTQ_API extern "C" __attribute__((visibility("default")))
+#else
+#define MARLIN_GPTQ_API __attribute__((visibility("default")))
+#endif
+
+enum {
+    MARLIN_GPTQ_BAD_SHAPE = -1,
+    MARLIN_GPTQ_BAD_GROUP_SIZE = -2,
+    MARLIN_GPTQ_BAD_DTYPE = -3,
+    MARLIN_GPTQ_BAD_POINTER = -4,
+    MARLIN_GPTQ_BAD_STRIDE = -5,
+    MARLIN_GPTQ_BAD_GRID = -6,
+    MARLIN_GPTQ_OLD_DEVICE = -7,
+};
+
+/* dtype: 0 float16, 1 bfloat16. */
+
+struct marlin_gptq_plan_t {
+    int32_t tile_m, tile_n, tile_k, stages;
+    int32_t grouped, ctas_per_sm, grid, threads;
+    int32_t m_tiles, n_tiles, k_tiles, shared_bytes;
+    int64_t units;
+    const char* reason;
+};
+
+MARLIN_GPTQ_API int marlin_gptq_abi_version(void);
+MARLIN_GPTQ_API const char* marlin_gptq_error_string(int code);
+
+/* What a problem would run as on a device of `sms` multiprocessors with `shared_bytes_per_sm` of shared memory each.
+ * Touches no GPU. */
+MARLIN_GPTQ_API int marlin_gptq_plan(int64_t m, int64_t n, int64_t k, int64_t group_size, int32_t sms,
+                                     int32_t shared_bytes_per_sm, struct marlin_gptq_plan_t* plan);
+
+/* c[m, n] = a[m, k] (row stride lda >= k) times the weight [k, n] packed in qweight [k/16, 2n] int32, with scales
+ * [groups, n] and, unless null, bias [n]. All in device memory of `device`; a, scales, bias and c are of `dtype`.
+ * k % 16 == 0, n % 64 == 0, lda % 8 == 0; group_size -1 or k (one scale per column), 32, 64 or 128 (dividing k); a,
+ * qweight, scales aligned to 16 bytes, c and bias to 8. Returns once the work is queued on `stream`. Deterministic.
+ * grid: 0, or a number of blocks to force (for tests). */
+MARLIN_GPTQ_API int marlin_gptq_gemm(const void* a, const void* qweight, const void* scales, const void* bias, void* c,
+                                     int64_t m, int64_t n, int64_t k, int64_t lda, int64_t group_size, int32_t dtype,
+                                     int32_t device, void* stream, int32_t grid);
+
+/* For tests: how many reduction tickets of `device` are not zero (0 when nothing is running), over how many workspaces.
+ * Synchronizes the device. */
+MARLIN_GPTQ_API int marlin_gptq_dirty_tickets(int32_t device, int64_t* dirty, int32_t* workspaces);

@@ -1,0 +1,27 @@
+// What a launch hands to the kernel.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <vector_types.h>
+
+#include <cstdint>
+
+namespace marlin_gptq {
+
+struct GemmParams {
+    const void* a;            // [m, k], row stride lda elements, 16-byte aligned
+    const uint32_t* qweight;  // [k/16, 2n] words
+    const void* scales;       // [groups, n]
+    const void* bias;         // [n] or null
+    void* c;                  // [m, n]
+    float4* slots;            // workspace: 2 partial tiles per block
+    unsigned* tickets;        // workspace: one per block, zero between launches
+    int64_t lda;
+    int64_t units;
+    int m, n, k;
+    int m_tiles, k_tiles;
+    int group_shift;          // log2(group_size / 32) when grouped
+    int groups;               // rows of scales
+};
+
+}  // namespace marlin_gptq

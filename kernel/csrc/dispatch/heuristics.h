@@ -1,0 +1,42 @@
+// Which variant a problem gets and how the work is cut: a pure function, tested without a GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "core/config.h"
+
+namespace marlin_gptq {
+
+struct Problem {
+    int64_t m;           // tokens
+    int64_t n;           // output channels
+    int64_t k;           // input channels
+    int64_t group_size;  // k per scale; -1: one scale per column
+};
+
+struct DeviceShape {
+    int sms;
+    int shared_bytes_per_sm;
+};
+
+struct Plan {
+    int tile_m = 0;
+    int stages = 0;
+    bool grouped = false;
+    int ctas_per_sm = 0;
+    int m_tiles = 0;
+    int n_tiles = 0;
+    int k_tiles = 0;
+    int64_t units = 0;
+    int grid = 0;
+    size_t shared_bytes = 0;
+    const char* reason = nullptr;
+};
+
+// Problem with no scale per group: one scale for the whole column.
+constexpr bool is_grouped(const Problem& p) { return p.group_size > 0 && p.group_size < p.k; }
+
+// `m` at least 1 and the shape valid (see capi.h). Never fails on those.
+Plan choose_config(const Problem& problem, const DeviceShape& device);
+
+}  // namespace marlin_gptq

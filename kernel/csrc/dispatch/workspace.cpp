@@ -1,0 +1,207 @@
+#include "dispatch/workspace.h"
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "core/config.h"
+
+namespace marlin_gptq {
+namespace {
+
+using Key = std::pair<unsigned long long, unsigned long long>;  // capture id, stream handle
+
+struct Pool;
+
+// Held by a graph (as a CUDA user object) for each workspace its kernels use.
+struct Lease {
+    Pool* pool;
+    Key key;
+};
+
+struct Pool {
+    std::mutex mutex;
+    DeviceInfo info;
+    bool known = false;
+    std::unordered_map<unsigned long long, Workspace> eager;  // by stream id, which is unique in a process's life
+    std::map<Key, Workspace> captured;
+    std::vector<Workspace> spare;  // given back by destroyed graphs
+
+    // A lock of its own, never held across a CUDA call: CUDA's threads take it when a graph dies.
+    std::mutex returned_mutex;
+    std::vector<Key> returned;
+};
+
+// Never destroyed: graphs may give workspaces back while the process ends.
+Pool* pool_of(int device) {
+    static Pool* pools = new Pool[kMaxDevices];
+    return device >= 0 && device < kMaxDevices ? &pools[device] : nullptr;
+}
+
+// Lets this thread allocate and synchronize private streams while it, or another thread, captures a graph.
+class RelaxedCapture {
+  public:
+    RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    RelaxedCapture(const RelaxedCapture&) = delete;
+    RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+  private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+cudaError_t allocate(const DeviceInfo& info, Workspace* workspace) {
+    const int max_grid = info.sms * kMaxCtasPerSm;
+    const size_t ticket_bytes = (static_cast<size_t>(max_grid) * sizeof(unsigned) + 1023) / 1024 * 1024;
+    const size_t slot_bytes = static_cast<size_t>(max_grid) * 2 * kTileN * kMaxTileM * sizeof(float);
+    RelaxedCapture relaxed;
+    char* base = nullptr;
+    cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&base), ticket_bytes + slot_bytes);
+    if (error != cudaSuccess) return error;
+    cudaStream_t stream = nullptr;
+    error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess) {
+        error = cudaMemsetAsync(base, 0, ticket_bytes, stream);
+        if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+        cudaStreamDestroy(stream);
+    }
+    if (error != cudaSuccess) {
+        cudaFree(base);
+        return error;
+    }
+    workspace->tickets = reinterpret_cast<unsigned*>(base);
+    workspace->slots = reinterpret_cast<float4*>(base + ticket_bytes);
+    workspace->max_grid = max_grid;
+    return cudaSuccess;
+}
+
+// Runs on a thread of CUDA's when the last graph that holds the lease is gone. No CUDA calls allowed here.
+void CUDART_CB end_lease(void* pointer) {
+    const std::unique_ptr<Lease> lease(static_cast<Lease*>(pointer));
+    const std::lock_guard<std::mutex> lock(lease->pool->returned_mutex);
+    lease->pool->returned.push_back(lease->key);
+}
+
+void collect_returned(Pool& pool) {
+    const std::lock_guard<std::mutex> lock(pool.returned_mutex);
+    for (const Key& key : pool.returned) {
+        const auto found = pool.captured.find(key);
+        if (found == pool.captured.end()) continue;
+        pool.spare.push_back(found->second);
+        pool.captured.erase(found);
+    }
+    pool.returned.clear();
+}
+
+cudaError_t captured_workspace(Pool& pool, const Key& key, cudaGraph_t graph, Workspace* workspace) {
+    const auto found = pool.captured.find(key);
+    if (found != pool.captured.end()) {
+        *workspace = found->second;
+        return cudaSuccess;
+    }
+    collect_returned(pool);
+    if (!pool.spare.empty()) {
+        *workspace = pool.spare.back();
+        pool.spare.pop_back();
+    } else {
+        const cudaError_t error = allocate(pool.info, workspace);
+        if (error != cudaSuccess) return error;
+    }
+    pool.captured.emplace(key, *workspace);
+    auto lease = std::make_unique<Lease>(Lease{&pool, key});
+    cudaUserObject_t object = nullptr;
+    cudaError_t error = cudaUserObjectCreate(&object, lease.get(), end_lease, 1, cudaUserObjectNoDestructorSync);
+    if (error != cudaSuccess) {
+        pool.captured.erase(key);
+        pool.spare.push_back(*workspace);
+        return error;
+    }
+    lease.release();  // the user object's now
+    error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
+    if (error != cudaSuccess) cudaUserObjectRelease(object, 1);  // ends the lease
+    return error;
+}
+
+cudaError_t load_info(Pool& pool, int device) {
+    if (pool.known) return cudaSuccess;
+    int major = 0, minor = 0;
+    cudaError_t error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&pool.info.sms, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&pool.info.shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+                                       device);
+    pool.info.compute_capability = 10 * major + minor;
+    pool.known = error == cudaSuccess;
+    return error;
+}
+
+}  // namespace
+
+cudaError_t device_info(int device, DeviceInfo* info) {
+    Pool* pool = pool_of(device);
+    if (pool == nullptr) return cudaErrorInvalidDevice;
+    const std::lock_guard<std::mutex> lock(pool->mutex);
+    const cudaError_t error = load_info(*pool, device);
+    *info = pool->info;
+    return error;
+}
+
+cudaError_t workspace_for(int device, cudaStream_t stream, Workspace* workspace) {
+    Pool* pool = pool_of(device);
+    if (pool == nullptr) return cudaErrorInvalidDevice;
+
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long capture = 0, id = 0;
+    cudaGraph_t graph = nullptr;
+    cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &capture, &graph, nullptr, nullptr, nullptr);
+    if (error != cudaSuccess) return error;
+    if (status == cudaStreamCaptureStatusInvalidated) return cudaErrorStreamCaptureInvalidated;
+
+    const std::lock_guard<std::mutex> lock(pool->mutex);
+    error = load_info(*pool, device);
+    if (error != cudaSuccess) return error;
+    if (status == cudaStreamCaptureStatusActive) {
+        // The handle will do: a stream cannot be destroyed and its handle used again within the capture it is part of.
+        id = reinterpret_cast<uintptr_t>(stream);
+        return captured_workspace(*pool, {capture, id}, graph, workspace);
+    }
+
+    error = cudaStreamGetId(stream, &id);
+    if (error != cudaSuccess) return error;
+    const auto found = pool->eager.find(id);
+    if (found != pool->eager.end()) {
+        *workspace = found->second;
+        return cudaSuccess;
+    }
+    error = allocate(pool->info, workspace);
+    if (error == cudaSuccess) pool->eager.emplace(id, *workspace);
+    return error;
+}
+
+cudaError_t count_dirty_tickets(int device, long long* dirty, int* workspaces) {
+    Pool* pool = pool_of(device);
+    if (pool == nullptr) return cudaErrorInvalidDevice;
+    cudaError_t error = cudaDeviceSynchronize();
+    if (error != cudaSuccess) return error;
+    const std::lock_guard<std::mutex> lock(pool->mutex);
+    std::vector<Workspace> all = pool->spare;
+    for (const auto& entry : pool->eager) all.push_back(entry.second);
+    for (const auto& entry : pool->captured) all.push_back(entry.second);
+    *dirty = 0;
+    *workspaces = static_cast<int>(all.size());
+    for (const Workspace& workspace : all) {
+        std::vector<unsigned> tickets(workspace.max_grid);
+        error = cudaMemcpy(tickets.data(), workspace.tickets, tickets.size() * sizeof(unsigned), cudaMemcpyDeviceToHost);
+        if (error != cudaSuccess) return error;
+        for (const unsigned ticket : tickets) *dirty += ticket != 0;
+    }
+    return cudaSuccess;
+}
+
+}  // namespace marlin_gptq
