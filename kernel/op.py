@@ -50,7 +50,7 @@ def _gemm_cuda(
     n, k = check_gemm(a, qweight, scales, bias, group_size)
     m = a.shape[0]
     device = a.device.index
-    reason = _why_not(device)
+    reason = why_not(device)
     if reason:
         _warn_once(reason)
         return gemm_reference(a, qweight, scales, bias, group_size)
@@ -92,8 +92,8 @@ def _gemm_fake(a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, 
 
 
 @functools.cache
-def _why_not(device: int) -> str:
-    """Why the kernel cannot run on a GPU; empty where it can."""
+def why_not(device: int) -> str:
+    """Why the kernel cannot run on the GPU of this index; empty where it can."""
     status = library.status()
     if not status.available:
         return f"{status.reason} {status.hint}".strip()

@@ -145,7 +145,7 @@ def test_torch_compile(backend: str) -> None:
 
 
 def test_a_gpu_without_a_kernel_warns_once_and_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(op, "_why_not", lambda device: "Made-up GPU has compute capability 7.5.")
+    monkeypatch.setattr(op, "why_not", lambda device: "Made-up GPU has compute capability 7.5.")
     op._warn_once.cache_clear()
     arguments = problem()
     with pytest.warns(RuntimeWarning, match=r"slow reference path on this GPU\. Made-up GPU has compute"):
@@ -160,8 +160,8 @@ def test_old_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op.library, "status", lambda: op.library.KernelStatus(True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    op._why_not.cache_clear()
+    op.why_not.cache_clear()
     try:
-        assert op._why_not(0) == "Tesla T4 has compute capability 7.5; the kernel needs 8.0 or newer."
+        assert op.why_not(0) == "Tesla T4 has compute capability 7.5; the kernel needs 8.0 or newer."
     finally:
-        op._why_not.cache_clear()
+        op.why_not.cache_clear()

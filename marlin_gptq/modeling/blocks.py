@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError
-from marlin_gptq.kernel import library
+from marlin_gptq.kernel import why_not
 from marlin_gptq.modeling.architecture import (
     decoder_blocks,
     quantization_settings,
@@ -192,10 +192,13 @@ class BlockStream:
             return f"CUDA kernel (sm_{major}{minor}, {torch.cuda.get_device_name(self.device)})"
         if self.device.type != "cuda":
             return f"reference path in plain torch (device {self.device.type})"
-        return f"reference path in plain torch ({library.status().reason})"
+        return f"reference path in plain torch ({why_not(self._gpu_index())})"
 
     def _kernel_runs(self) -> bool:
-        return self.device.type == "cuda" and library.status().available
+        return self.device.type == "cuda" and not why_not(self._gpu_index())
+
+    def _gpu_index(self) -> int:
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
 
     def _forward(self, **inputs: Tensor) -> None:
         try:

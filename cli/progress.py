@@ -1,0 +1,125 @@
+"""Progress on stderr: a bar with ETA on a terminal, plain lines elsewhere. stdout stays for results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from marlin_gptq.cli.options import show_time
+
+if TYPE_CHECKING:
+    from marlin_gptq.pipeline import ProgressEvent
+
+Update = Callable[[int, int, str], None]
+LINES_OF_A_RUN = 10
+
+
+class Display:
+    """What the user sees while a command works."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+
+    def say(self, text: str) -> None:
+        """One line; on a terminal it appears above a running bar."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def quantizing(self) -> Iterator[Callable[[ProgressEvent], None]]:
+        """Takes the events of `quantize_model`: block, linear, its relative error, elapsed time and ETA."""
+        if not self.console.is_terminal:
+            yield _QuantizeLines(self.say)
+            return
+        with self._bar("quantize") as update:
+
+            def show(event: ProgressEvent) -> None:
+                stage = {"calibrate": "running the calibration text", "write": "writing"}.get(event.stage, "")
+                linear = _linear(event, short=True)
+                update(event.done, event.total, f"block {event.block + 1}/{event.blocks}  {linear or stage}")
+
+            yield show
+
+    @contextmanager
+    def counting(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Takes (done, total) steps."""
+        if not self.console.is_terminal:
+            yield _CountLines(self.say, title)
+            return
+        with self._bar(title) as update:
+            yield lambda done, total: update(done, total, "")
+
+    @contextmanager
+    def _bar(self, title: str) -> Iterator[Update]:
+        columns = (
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12, table_column=Column(min_width=6)),
+            TextColumn("{task.percentage:3.0f}%", table_column=Column(no_wrap=True, min_width=4)),
+            _Times(table_column=Column(no_wrap=True, min_width=18)),
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(title, total=None, note="")
+            yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
+
+
+class _Times(ProgressColumn):
+    """Elapsed and left. Left is the mean pace carried on: work comes in bursts, which rich's own column follows."""
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.elapsed or 0.0
+        left = _left(elapsed, task.completed, task.total or 0)
+        return Text(f"{show_time(elapsed)}, {left} left" if left else show_time(elapsed))
+
+
+class _QuantizeLines:
+    """One line for every linear."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.started = say, time.monotonic()
+
+    def __call__(self, event: ProgressEvent) -> None:
+        if event.linear is None:
+            return
+        elapsed = time.monotonic() - self.started
+        left = _left(elapsed, event.done, event.total)
+        self.say(
+            f"[{event.done}/{event.total}] block {event.block + 1}/{event.blocks}  {_linear(event)}  "
+            f"elapsed {show_time(elapsed)}" + (f"  left {left}" if left else "")
+        )
+
+
+class _CountLines:
+    """A line for every tenth of the steps."""
+
+    def __init__(self, say: Callable[[str], None], title: str) -> None:
+        self.say, self.title, self.started, self.told = say, title, time.monotonic(), 0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenth = done * LINES_OF_A_RUN // total
+        if tenth == self.told:
+            return
+        self.told = tenth
+        elapsed = time.monotonic() - self.started
+        self.say(
+            f"{self.title}: {100 * done // total}%  elapsed {show_time(elapsed)}  "
+            f"left {_left(elapsed, done, total) or '0:00'}"
+        )
+
+
+def _linear(event: ProgressEvent, short: bool = False) -> str:
+    if event.linear is None:
+        return ""
+    name = ".".join(event.linear.split(".")[-2:]) if short else event.linear  # the block stands beside it
+    error = "" if event.relative_error is None else f"  error {event.relative_error:.5f}"
+    return f"{name}{error}"
+
+
+def _left(elapsed: float, done: float, total: float) -> str:
+    return show_time(elapsed * (total - done) / done) if 0 < done < total else ""

@@ -1,0 +1,1 @@
+"""Evaluation of full-precision and quantized model directories."""

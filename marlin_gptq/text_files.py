@@ -1,0 +1,111 @@
+"""Documents in local files: .txt, JSON lines (also gzipped), parquet."""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from marlin_gptq.errors import InputError
+
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
+SUFFIXES = (".txt", ".parquet", *JSON_SUFFIXES)
+
+
+def file_documents(path: Path) -> Iterator[str]:
+    """The documents of a local file, by its suffix."""
+    if path.is_dir():
+        raise InputError(f"dataset: {path} is a directory; give one of its files ({', '.join(SUFFIXES)})")
+    if not path.exists():
+        siblings = [str(other) for other in path.parent.glob("*") if other.name.lower().endswith(SUFFIXES)]
+        raise InputError(f"dataset: no such file: {path}{near(str(path), siblings)}")
+    name = path.name.lower()
+    if name.endswith(".txt"):
+        return text_documents(path)
+    if name.endswith(".parquet"):
+        return parquet_documents(path)
+    if name.endswith(JSON_SUFFIXES):
+        return json_documents(path)
+    raise InputError(f"dataset: {path} has the suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
+
+
+def text_documents(path: Path) -> Iterator[str]:
+    """A .txt file: one document, or none if there is nothing but white space in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"dataset: {path} is no UTF-8 text (byte {error.start}); convert it first") from error
+    if text.strip():
+        yield text
+
+
+def json_documents(path: Path) -> Iterator[str]:
+    """JSON lines, also gzipped: the field "text" of every line; blank lines are skipped."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield text_of(json.loads(line), f"{path}, line {number}")
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"dataset: {path}, line {number}: not JSON ({error.msg}); one object a line is needed"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"dataset: {path} is no UTF-8 text; convert it first") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"dataset: {path} is no whole gzip file ({error}); fetch it again") from error
+
+
+def parquet_documents(path: Path) -> Iterator[str]:
+    """The column "text" of a parquet file, a batch of rows at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if "text" not in columns:
+                raise InputError(f'dataset: {path} has no column "text"; it has {", ".join(columns)}')
+            for batch in file.iter_batches(batch_size=256, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    yield text_of({"text": text}, str(path))
+    except pyarrow.ArrowInvalid as error:
+        raise InputError(f"dataset: {path} is no whole parquet file ({error}); fetch it again") from error
+
+
+def articles(rows: Iterable[str]) -> Iterator[str]:
+    """WikiText rows joined to articles, one for each top-level heading (` = Title = `)."""
+    article: list[str] = []
+    for row in rows:
+        if re.fullmatch(r" = [^=]+ = \s*", row) and any(part.strip() for part in article):
+            yield "\n\n".join(article)
+            article = []
+        article.append(row)
+    if any(part.strip() for part in article):
+        yield "\n\n".join(article)
+
+
+def paragraphs(text: str) -> list[str]:
+    """`text` cut at blank lines."""
+    return [part for part in re.split(r"\n\s*\n", text) if part.strip()]
+
+
+def text_of(row: Any, where: str) -> str:
+    if not isinstance(row, dict):
+        raise InputError(f'dataset: {where}: got a {type(row).__name__}, expected an object with the field "text"')
+    if "text" not in row:
+        raise InputError(f'dataset: {where} has no field "text"; it has {", ".join(row) or "none"}')
+    text = row["text"]
+    if not isinstance(text, str | None):
+        raise InputError(f'dataset: {where}: "text" holds a {type(text).__name__}, expected a string')
+    return text or ""
+
+
+def near(name: str, known: tuple[str, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    return f", did you mean {' or '.join(close)}?" if close else ""
