@@ -88,7 +88,6 @@ def perplexity(
 
     display = Display()
     options.quiet_libraries(display.say)
-    options.quiet_datasets(dataset, offline)
     where, computing = options.torch_device(device), options.torch_dtype(dtype)
     directories = [(model, resolve_model(model, revision=revision, offline=offline))]
     if baseline is not None:

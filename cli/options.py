@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,6 @@ import click
 
 from marlin_gptq.checkpoint import read_json
 from marlin_gptq.errors import InputError
-from marlin_gptq.text_sources import is_local
 
 if TYPE_CHECKING:
     import torch
@@ -106,17 +106,11 @@ def quiet_libraries(say: Callable[[str], None]) -> None:
     library = logging.getLogger("marlin_gptq")
     library.handlers = [handler]
 
+    # `datasets` is slow to import and often not needed: told ahead, for when it is.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-
-
-def quiet_datasets(dataset: str, offline: bool) -> None:
-    """The same for `datasets`, which is slow to import: only where it is going to stream something."""
-    if not offline and not is_local(dataset):
-        import datasets
-
-        datasets.disable_progress_bars()
 
 
 def context_length(model_dir: Path) -> int | None:

@@ -225,7 +225,6 @@ def _read_samples(
 ) -> list[Any]:
     from marlin_gptq.calibration import calibration_samples, load_tokenizer
 
-    options.quiet_datasets(dataset, offline)
     display.say(f"reading calibration text: {dataset}")
     samples = calibration_samples(
         load_tokenizer(model_dir), dataset, n_samples=n_samples, seq_len=length, seed=seed, offline=offline

@@ -12,7 +12,6 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,5 +165,5 @@ def _cached(source: HubFiles) -> Iterator[str]:
 
 
 def _embedded(name: str) -> Path:
-    # The package is never imported from a zip: the kernel's library has to lie in a folder as well.
-    return Path(str(resources.files("marlin_gptq"))) / "data" / name
+    # Beside this file, also in an editable install, where the package has several folders.
+    return Path(__file__).parent / "data" / name

@@ -1,0 +1,54 @@
+"""Markers, seeds, and the folders that tests read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# The larger checkpoints and texts lie beside the checkout (or, where a machine was sent a copy, inside it).
+SHARED_DATA = [ROOT.parent / "shared" / "data", ROOT / "shared" / "data"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU (torch.cuda.is_available() is False)")
+    not_asked = pytest.mark.skip(reason="slow: run with --slow")
+    gpu = torch.cuda.is_available()
+    for item in items:
+        if "gpu" in item.keywords and not gpu:
+            item.add_marker(no_gpu)
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(not_asked)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same random state, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of checkpoints and texts too large to commit; without it the tests that ask are skipped."""
+    for folder in SHARED_DATA:
+        if folder.is_dir():
+            return folder
+    pytest.skip("needs the data folder beside the checkout (../shared/data)")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Path:
+    """The committed 5.5 M-parameter checkpoint: fp16, 4 blocks, hidden 256, tied embeddings."""
+    return ROOT / "examples" / "tiny-llama"
