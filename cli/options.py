@@ -91,6 +91,19 @@ def show_time(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def with_error(value: float, error: float | None, form: str) -> str:
+    """A figure and its standard error, if there is one: 0.01234 ± 0.00012."""
+    return format(value, form) + ("" if error is None else f" ± {error:{form}}")
+
+
+def table_console() -> Any:
+    """A rich console on stdout: as wide as the terminal, or wide enough for tables elsewhere."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=140)
+
+
 def quiet_libraries(say: Callable[[str], None]) -> None:
     """No progress bars of libraries between ours; warnings become one line each, and none is hidden."""
 

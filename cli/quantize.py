@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import click
 
 from marlin_gptq import __version__
-from marlin_gptq.checkpoint import read_json, resolve_model
+from marlin_gptq.checkpoint import resolve_model
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.config import QuantizationConfig
-from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.errors import InputError
 
 EXAMPLES = """\b
 Examples:
@@ -58,6 +57,11 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
     help=f"Calibration text: {options.DATASETS}. Every document is one sample of its own length. A .txt file "
     "is one document; if it exceeds --seq-len, it is cut at its blank lines. demo needs no network.",
 )
+@click.option(
+    "--special-tokens",
+    is_flag=True,
+    help="Begin each calibration document as the tokenizer would (with <s>, say); the seed recipe does not.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the documents' order.")
 @click.option(
     "--method",
@@ -83,7 +87,12 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
     help="Dtype of scales and unquantized weights; auto keeps the model's.",
 )
 @click.option("--skip", multiple=True, metavar="REGEX", help="Leave linears of such names alone; repeatable.")
-@click.option("--shard-size", default="5GB", show_default=True, help="Largest size of a weight file.")
+@click.option(
+    "--shard-size",
+    default="1GB",
+    show_default=True,
+    help="Largest size of a weight file; as much waits in memory before it is written.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
 @options.model_options
 @click.version_option(__version__)
@@ -106,6 +115,7 @@ def _quantize(
     n_samples: int,
     seq_len: int | None,
     dataset: str,
+    special_tokens: bool,
     seed: int,
     method: str,
     preset: str,
@@ -144,8 +154,7 @@ def _quantize(
     model_dir = resolve_model(model, revision=revision, offline=offline)
     if output.exists() and output.samefile(model_dir):
         raise InputError(f"{output}: is the model itself; give another --output")
-    require_quantizable(model_dir, config)
-    require_space(model_dir, output)
+    require_quantizable(model_dir, output, config, target)
 
     samples: list[Any] = []
     calibration: dict[str, Any] = {}
@@ -153,10 +162,11 @@ def _quantize(
         length = sequence_length(seq_len, options.context_length(model_dir))
         if seq_len is None and length < DEFAULT_SEQ_LEN:
             display.say(f"note: calibration documents of at most {length} tokens, the model's context")
-        samples = _read_samples(display, model_dir, dataset, n_samples, length, seed, offline)
+        samples = _read_samples(display, model_dir, dataset, n_samples, length, seed, special_tokens, offline)
         tokens = sum(len(sample) for sample in samples)
         calibration = {
-            "dataset": dataset, "n_samples": len(samples), "seq_len": length, "seed": seed, "tokens": tokens
+            "dataset": dataset, "n_samples": len(samples), "seq_len": length, "seed": seed,
+            "special_tokens": special_tokens, "tokens": tokens,
         }  # fmt: skip
     display.say(f"quantizing {model} on {where.type}: {method}, 4 bits, group size {group_size}")
     with display.quantizing() as progress:
@@ -189,18 +199,6 @@ def require_free_name(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output}: cannot be made, {ancestor} is a file")
 
 
-def require_space(model_dir: Path, output: Path) -> None:
-    """CheckpointError, before any work, if not even 4 bits for every weight fit on the disk of `output`."""
-    weights = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
-    settings = read_json(model_dir / "config.json")
-    stored_bits = 32 if (settings.get("dtype") or settings.get("torch_dtype")) == "float32" else 16
-    needed = weights * 4 // stored_bits
-    free = shutil.disk_usage(_existing(output.absolute())).free
-    if free < needed:
-        sizes = f"at least {options.show_size(needed)} are needed, {options.show_size(free)} are free"
-        raise CheckpointError(f"{output}: disk full: {sizes}; make room or choose another --output")
-
-
 def summary(report: Any) -> str:
     """What was made, for people."""
     lines = [
@@ -221,13 +219,26 @@ def summary(report: Any) -> str:
 
 
 def _read_samples(
-    display: Display, model_dir: Path, dataset: str, n_samples: int, length: int, seed: int, offline: bool
+    display: Display,
+    model_dir: Path,
+    dataset: str,
+    n_samples: int,
+    length: int,
+    seed: int,
+    special_tokens: bool,
+    offline: bool,
 ) -> list[Any]:
     from marlin_gptq.calibration import calibration_samples, load_tokenizer
 
     display.say(f"reading calibration text: {dataset}")
     samples = calibration_samples(
-        load_tokenizer(model_dir), dataset, n_samples=n_samples, seq_len=length, seed=seed, offline=offline
+        load_tokenizer(model_dir),
+        dataset,
+        n_samples=n_samples,
+        seq_len=length,
+        seed=seed,
+        special_tokens=special_tokens,
+        offline=offline,
     )
     sizes = [len(sample) for sample in samples]
     display.say(f"{len(sizes)} samples of {min(sizes)} to {max(sizes)} tokens, {sum(sizes)} in all")

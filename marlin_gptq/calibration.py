@@ -41,12 +41,20 @@ class CalibrationWarning(UserWarning):
 
 
 def calibration_samples(
-    tokenizer: Any, dataset: str, *, n_samples: int, seq_len: int, seed: int, offline: bool = False
+    tokenizer: Any,
+    dataset: str,
+    *,
+    n_samples: int,
+    seq_len: int,
+    seed: int,
+    special_tokens: bool = False,
+    offline: bool = False,
 ) -> list[Tensor]:
     """`n_samples` documents of 2..`seq_len` tokens, shuffled by `seed`: int64 tensors [T], each T its own.
 
-    Each document is tokenized whole, with the special tokens that the tokenizer adds. A .txt file is one
-    document; one that exceeds `seq_len` is cut at its blank lines. Warns (CalibrationWarning) when there are
+    Each document is tokenized whole, without the special tokens that the tokenizer would add (a <s> in front, say)
+    unless `special_tokens`: the seed recipe has none, and neither have most windows of a perplexity. A .txt file is
+    one document; one that exceeds `seq_len` is cut at its blank lines. Warns (CalibrationWarning) when there are
     fewer; raises InputError when there are none.
     """
     if n_samples < 1:
@@ -55,14 +63,14 @@ def calibration_samples(
         raise InputError(f"seq_len: got {seq_len}, expected at least 2 tokens")
     documents = load_documents(dataset, split="calibration", offline=offline)
     if dataset.lower().endswith(".txt"):
-        documents = _fitting(tokenizer, documents, seq_len)
+        documents = _fitting(tokenizer, documents, seq_len, special_tokens)
 
     samples: list[Tensor] = []
     lengths: list[int] = []
     # A stream in which hardly anything fits would otherwise be read to its end.
     tries = max(SHUFFLE_BUFFER, TRIES_PER_SAMPLE * n_samples)
     for text in shuffled(documents, seed):
-        ids = token_ids(tokenizer, text)
+        ids = token_ids(tokenizer, text, special_tokens)
         lengths.append(len(ids))
         if 2 <= len(ids) <= seq_len:
             samples.append(ids)
@@ -92,10 +100,10 @@ def shuffled(documents: Iterable[str], seed: int, buffer: int = SHUFFLE_BUFFER) 
     yield from waiting
 
 
-def token_ids(tokenizer: Any, text: str) -> Tensor:
-    """int64 [T]: `text` tokenized whole, special tokens as the tokenizer adds them."""
+def token_ids(tokenizer: Any, text: str, special_tokens: bool = True) -> Tensor:
+    """int64 [T]: `text` tokenized whole, with the special tokens that the tokenizer adds or without."""
     # verbose: a warning that the text exceeds the model's context means nothing, it is cut or left out.
-    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+    return torch.tensor(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids, dtype=torch.int64)
 
 
 def load_tokenizer(model_dir: Path) -> Any:
@@ -123,9 +131,9 @@ def sequence_length(asked: int | None, context: int | None) -> int:
     return asked
 
 
-def _fitting(tokenizer: Any, documents: Iterator[str], seq_len: int) -> Iterator[str]:
+def _fitting(tokenizer: Any, documents: Iterator[str], seq_len: int, special_tokens: bool) -> Iterator[str]:
     for text in documents:
-        if len(token_ids(tokenizer, text)) <= seq_len:
+        if len(token_ids(tokenizer, text, special_tokens)) <= seq_len:
             yield text
         else:
             yield from paragraphs(text)

@@ -78,6 +78,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def require_space(output: Path, size: int) -> None:
+    """CheckpointError, before any work, if `size` bytes do not fit on the disk of `output`."""
+    place = output.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < size:
+        raise CheckpointError(
+            f"{output}: the disk is full: {size / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free; make room "
+            "or choose another output"
+        )
+
+
 class TensorStore:
     """The tensors of a checkpoint directory, read one at a time and never more than asked for.
 

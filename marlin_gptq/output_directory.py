@@ -9,6 +9,9 @@ from marlin_gptq.checkpoint import CheckpointWriter, read_json
 from marlin_gptq.report import QuantizeReport
 
 LOG_FILE = "quantize_log.json"
+CARD = "README.md"
+# What `marlin-eval report` measured stands between these lines of the card; each report replaces it.
+BEGIN, END = "<!-- marlin-eval report: begin -->", "<!-- marlin-eval report: end -->"
 
 
 def write_companions(writer: CheckpointWriter, model_dir: Path, report: QuantizeReport) -> None:
@@ -16,10 +19,10 @@ def write_companions(writer: CheckpointWriter, model_dir: Path, report: Quantize
     config = read_json(model_dir / "config.json")
     config.pop("torch_dtype", None)
     config |= {"dtype": report.dtype, "quantization_config": report.config.to_dict()}
-    writer.copy_companions(model_dir, leave=("config.json", "README.md", LOG_FILE))
+    writer.copy_companions(model_dir, leave=("config.json", CARD, LOG_FILE))
     writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
     writer.write_text(LOG_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
-    writer.write_text("README.md", model_card(model_dir.resolve().name, report))
+    writer.write_text(CARD, model_card(model_dir.resolve().name, report))
 
 
 def model_card(base: str, report: QuantizeReport) -> str:
@@ -68,6 +71,12 @@ Made by marlin-gptq. The licence is that of the base model.
 
 Relative error: {measure}, per linear; the figures of each are in `{LOG_FILE}`.
 
+## Evaluation
+
+{BEGIN}
+Not measured yet: `marlin-eval report PATH_OF_THIS_DIRECTORY --baseline BASE_MODEL`
+{END}
+
 ## Load it
 
 ```python
@@ -80,3 +89,20 @@ tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
 
 Perplexity: `marlin-eval perplexity PATH_OF_THIS_DIRECTORY --dataset wikitext2`
 """
+
+
+def fill_card(directory: Path, figures: str) -> Path:
+    """Put markdown between the markers of the model card; a card without them gets a section `Evaluation`.
+
+    Returns the card. It appears whole or not at all.
+    """
+    card = directory / CARD
+    text = card.read_text("utf-8") if card.is_file() else f"# {directory.resolve().name}\n"
+    filled = f"{BEGIN}\n{figures.strip()}\n{END}"
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    text = f"{before}{filled}{after}" if begin and end else f"{text.rstrip()}\n\n## Evaluation\n\n{filled}\n"
+    temporary = directory / f".{CARD}.writing"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(card)
+    return card

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_gptq.checkpoint import CheckpointWriter, TensorStore
+from marlin_gptq.checkpoint import CheckpointWriter, TensorStore, require_space
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import InputError, QuantizationError
 from marlin_gptq.modeling.architecture import (
@@ -30,21 +30,32 @@ from marlin_gptq.modeling.architecture import (
     require_full_precision,
 )
 from marlin_gptq.modeling.blocks import BlockStream, stored_dtype
-from marlin_gptq.modeling.linear import pack
+from marlin_gptq.modeling.linear import pack, padded_features
 from marlin_gptq.modeling.observe import collect_hessians, shared_inputs
 from marlin_gptq.output_directory import write_companions
 from marlin_gptq.quantization.gptq import gptq_quantize, rtn_quantize
 from marlin_gptq.quantization.hessian import Factor, Hessian, NotPositiveDefinite, factor, relative_error
+from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport, linear_record
 
 logger = logging.getLogger(__name__)
 
 
-def require_quantizable(model_dir: Path, config: QuantizationConfig) -> None:
-    """InputError for a model that cannot be quantized as asked, from its config and file headers alone."""
+def require_quantizable(
+    model_dir: Path, output: Path, config: QuantizationConfig, dtype: torch.dtype | None = None
+) -> None:
+    """What can be known before any work, from config and file headers: InputError for a model that cannot be
+    quantized as asked, CheckpointError if the result would not fit on the disk of `output`."""
     require_full_precision(model_dir, read_config(model_dir))
     stream = BlockStream(model_dir, device=torch.device("cpu"))
-    _linears_of(stream, config)
+    size = _output_bytes(stream, _linears_of(stream, config), config, result_dtype(model_dir, dtype))
+    require_space(output, size)
+
+
+def result_dtype(model_dir: Path, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype of the result: as asked, else that of the checkpoint; float32 becomes float16."""
+    stored = stored_dtype(TensorStore(model_dir), quantized=False)
+    return asked or (stored if stored in (torch.float16, torch.bfloat16) else torch.float16)
 
 
 def quantize_model(
@@ -75,10 +86,10 @@ def quantize_model(
     require_full_precision(model_dir, read_config(model_dir))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    stored = stored_dtype(TensorStore(model_dir), quantized=False)
-    target = dtype or (stored if stored in (torch.float16, torch.bfloat16) else torch.float16)
+    target = result_dtype(model_dir, dtype)
     stream = BlockStream(model_dir, device=device, dtype=target if device.type == "cuda" else torch.float32)
     linears = _linears_of(stream, config)
+    require_space(output, _output_bytes(stream, linears, config, target))
     run = _Run(stream, config, target, sum(map(len, linears)), progress)
 
     with CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite) as writer:
@@ -122,6 +133,22 @@ def _linears_of(stream: BlockStream, config: QuantizationConfig) -> list[dict[st
     if not any(linears):
         raise InputError(f"skip: {', '.join(config.skip)} leaves no linear to quantize")
     return linears
+
+
+def _output_bytes(
+    stream: BlockStream, linears: list[dict[str, nn.Linear]], config: QuantizationConfig, target: torch.dtype
+) -> int:
+    """Bytes of all tensors of the result, exactly; safetensors headers and small files come on top."""
+    replaced = {name: linear for block in linears for name, linear in block.items()}
+    size = 0
+    for linear in replaced.values():
+        k, n = padded_features(linear.in_features, linear.out_features)
+        groups = linear.in_features // columns_per_group(linear.in_features, config.group_size)
+        size += k * n // 2 + groups * n * target.itemsize
+    for name, elements in stream.elements():
+        if name.removesuffix(".weight") not in replaced:
+            size += elements * target.itemsize
+    return size
 
 
 @dataclass

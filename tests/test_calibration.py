@@ -269,11 +269,20 @@ def test_shuffling_depends_on_the_seed_alone_and_loses_nothing() -> None:
 def test_samples_are_whole_documents_of_their_own_lengths(tmp_path: Path, tokenizer: Any) -> None:
     texts = ["a" * length for length in (1, 5, 9, 10, 30)]
     dataset = jsonl(tmp_path / "t.jsonl", texts)
-    with pytest.warns(CalibrationWarning, match="4 samples of 9: 5 documents were read, 2 to 31 tokens long"):
+    with pytest.warns(CalibrationWarning, match="3 samples of 9: 5 documents were read, 1 to 30 tokens long"):
         samples = calibration_samples(tokenizer, dataset, n_samples=9, seq_len=11, seed=0)
-    assert sorted(len(sample) for sample in samples) == [2, 6, 10, 11]  # with <s>; 31 exceeds seq_len
+    assert sorted(len(sample) for sample in samples) == [5, 9, 10]  # 1 is too short, 30 exceeds seq_len
     for sample in samples:
         assert sample.dtype.is_signed and sample.dim() == 1
+        assert [1, *sample.tolist()] == tokenizer("a" * len(sample)).input_ids  # <s> stays away
+
+
+def test_special_tokens_come_when_asked_for(tmp_path: Path, tokenizer: Any) -> None:
+    dataset = jsonl(tmp_path / "t.jsonl", ["a" * length for length in (1, 5, 9, 10, 30)])
+    with pytest.warns(CalibrationWarning, match="4 samples of 9: 5 documents were read, 2 to 31 tokens long"):
+        samples = calibration_samples(tokenizer, dataset, n_samples=9, seq_len=11, seed=0, special_tokens=True)
+    assert sorted(len(sample) for sample in samples) == [2, 6, 10, 11]
+    for sample in samples:
         assert sample.tolist() == tokenizer("a" * (len(sample) - 1)).input_ids
 
 
@@ -296,15 +305,15 @@ def test_a_long_text_file_is_cut_at_blank_lines(tmp_path: Path, tokenizer: Any) 
     whole = calibration_samples(tokenizer, str(path), n_samples=1, seq_len=64, seed=0)
     assert len(whole) == 1
     parts = calibration_samples(tokenizer, str(path), n_samples=3, seq_len=8, seed=0)
-    assert sorted(len(part) for part in parts) == [3, 5, 8]
+    assert sorted(len(part) for part in parts) == [2, 4, 7]
 
 
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
         ([], r"is empty; calibration needs documents of 2 to 8 tokens"),
-        (["", ""], r"no usable sample: 2 documents were read, 1 to 1 tokens long, 2 of them shorter than 2"),
-        (["a" * 20, "b" * 30], r"all too long: 2 documents were read, 21 to 31 tokens long; .*raise seq_len"),
+        (["", ""], r"no usable sample: 2 documents were read, 0 to 0 tokens long, 2 of them shorter than 2"),
+        (["a" * 20, "b" * 30], r"all too long: 2 documents were read, 20 to 30 tokens long; .*raise seq_len"),
     ],
 )
 def test_datasets_without_a_usable_sample(tmp_path: Path, tokenizer: Any, texts: list[str], message: str) -> None:

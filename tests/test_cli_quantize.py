@@ -81,7 +81,7 @@ def test_json_is_one_object_on_stdout(model_dir: Path, texts: str, tmp_path: Pat
     assert len(report["records"]) == 8
     calibration = report["calibration"]
     assert calibration.pop("tokens") > 0
-    assert calibration == {"dataset": texts, "n_samples": 3, "seq_len": 99, "seed": 7}
+    assert calibration == {"dataset": texts, "n_samples": 3, "seq_len": 99, "seed": 7, "special_tokens": False}
     assert report["model"] == str(model_dir) and report["seconds"] > 0
 
 
@@ -185,9 +185,9 @@ class TestRefusedBeforeAnyWork:
         assert "model.safetensors: truncated or corrupt" in refused(tmp_path, "-o", tmp_path / "out")
 
     def test_an_early_full_disk(self, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(quantize.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+        monkeypatch.setattr("marlin_gptq.checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
         sentence = refused(model_dir, "-o", tmp_path / "out")
-        assert "disk full: at least" in sentence and "are needed, 10.0 kB are free" in sentence
+        assert "the disk is full:" in sentence and "MB are needed and 0.0 MB are free" in sentence
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -219,7 +219,7 @@ class TestRefusedBeforeAnyWork:
     ("content", "message"),
     [
         ("", "is empty; calibration needs documents of 2 to 256 tokens"),
-        ('{"text": ""}', "no usable sample: one document was read, 1 to 1 tokens long"),
+        ('{"text": ""}', "no usable sample: one document was read, 0 to 0 tokens long"),
         ('{"content": ""}', 'line 1 has no field "text"; it has content'),
     ],
 )
@@ -352,7 +352,14 @@ def test_exit_code_of_the_process(tmp_path: Path) -> None:
 
 def test_ctrl_c_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     arguments = (tiny_llama, "-o", tmp_path / "out", "--dataset", "demo", "--device", "cpu", "--n-samples", 4)
-    running = subprocess.Popen(process(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        process(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background may ignore Ctrl-C, and would hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert running.stderr is not None
     for line in running.stderr:
         if line.startswith("[1/"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import marlin_gptq.checkpoint as checkpoint
 import marlin_gptq.pipeline as pipeline
 from marlin_gptq import (
     CheckpointError,
@@ -310,3 +312,22 @@ def test_broken_source_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="truncated or corrupt"):
         quantize(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "attention_bias": True}])
+def test_the_size_of_the_result_is_known_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict
+) -> None:
+    source = save_tiny_model(tmp_path / "source", hidden_size=96, intermediate_size=172, head_dim=24, **changes)
+    config = QuantizationConfig(group_size=-1, skip=("up_proj",))
+    size = quantize(source, tmp_path / "first", config).bytes_after
+
+    free = size - 1
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    message = rf"the disk is full: {size / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free; make room"
+    with pytest.raises(CheckpointError, match=message):
+        pipeline.require_quantizable(source, tmp_path / "out", config)
+    with pytest.raises(CheckpointError, match=message):
+        quantize(source, tmp_path / "out", config)
+    free = size
+    pipeline.require_quantizable(source, tmp_path / "out", config)

@@ -223,6 +223,16 @@ class BlockStream:
                 if (name := f"{prefix}.{own}") in self.store:
                     yield name, self.store.get(name)
 
+    def elements(self) -> Iterator[tuple[str, int]]:
+        """(name, number of elements) of every tensor the model takes from its files; of tied ones the stored one."""
+        for index, block in enumerate(self._blocks):
+            for name, tensor in _persistent(block):
+                yield f"{self.block_name(index)}.{name}", tensor.numel()
+        for prefix, module in self._outer_modules(None):
+            for own, parameter in module.named_parameters(recurse=False):
+                if (name := f"{prefix}.{own}") in self.store:
+                    yield name, parameter.numel()
+
     def unknown_tensors(self) -> list[str]:
         """Names in the files that the architecture has no place for (rotary tables of old checkpoints aside)."""
         known = {
