@@ -179,6 +179,7 @@ def _quantize(
             dtype=target,
             shard_size=shard_bytes,
             overwrite=overwrite,
+            base_model=None if Path(model).is_dir() else model,
             calibration=calibration,
             progress=progress,
         )

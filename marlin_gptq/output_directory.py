@@ -22,10 +22,10 @@ def write_companions(writer: CheckpointWriter, model_dir: Path, report: Quantize
     writer.copy_companions(model_dir, leave=("config.json", CARD, LOG_FILE))
     writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
     writer.write_text(LOG_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
-    writer.write_text(CARD, model_card(model_dir.resolve().name, report))
+    writer.write_text(CARD, model_card(report))
 
 
-def model_card(base: str, report: QuantizeReport) -> str:
+def model_card(report: QuantizeReport) -> str:
     """Markdown with settings, figures and how to load the model."""
     config, calibration = report.config, report.calibration
     group = "whole row" if config.group_size == -1 else str(config.group_size)
@@ -57,11 +57,11 @@ def model_card(base: str, report: QuantizeReport) -> str:
         measure = "squared error of the weights over their squares"
     return f"""---
 library_name: transformers
-base_model: {base}
+base_model: {report.base_model}
 tags: [marlin, gptq, 4-bit, marlin-gptq]
 ---
 
-# {base}, 4 bits in the Marlin format
+# {report.base_model}, 4 bits in the Marlin format
 
 Made by marlin-gptq. The licence is that of the base model.
 

@@ -68,6 +68,7 @@ def quantize_model(
     dtype: torch.dtype | None = None,
     shard_size: int = 10**9,
     overwrite: bool = False,
+    base_model: str | None = None,
     calibration: dict[str, Any] | None = None,
     progress: Callable[[ProgressEvent], None] | None = None,
 ) -> QuantizeReport:
@@ -75,6 +76,7 @@ def quantize_model(
 
     samples   token ids, int64 [T] each, of their natural lengths; may be empty for method rtn.
     dtype     float16 or bfloat16 of the result; None keeps the checkpoint's (float32 becomes float16).
+    base_model  what the log and the model card call the source; by default the name of its directory.
     shard_size, in bytes, is also the most output that waits in host memory.
 
     Nothing appears under `output` before everything is written. Raises InputError, CheckpointError or
@@ -108,6 +110,7 @@ def quantize_model(
             )
         report = QuantizeReport(
             output=output,
+            base_model=base_model or model_dir.resolve().name,
             config=config,
             calibration=calibration or {},
             device=str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),

@@ -48,6 +48,7 @@ class QuantizeReport:
     """The result, as it stands in quantize_log.json."""
 
     output: Path
+    base_model: str
     config: QuantizationConfig
     calibration: dict[str, Any]
     device: str

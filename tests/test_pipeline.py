@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +64,7 @@ def test_output_is_a_complete_directory(tmp_path: Path) -> None:
         assert 0 < record["scale_min"] <= record["scale_mean"] <= record["scale_max"]
         assert record["seconds"] > 0
     card = (out / "README.md").read_text()
+    assert "base_model: source\n" in card and "# source, 4 bits" in card
     assert "import marlin_gptq" in card and "| calibration: dataset | random |" in card and "old card" not in card
     assert report.bytes_after < report.bytes_before
 
@@ -331,3 +334,42 @@ def test_the_size_of_the_result_is_known_before_any_work(
         quantize(source, tmp_path / "out", config)
     free = size
     pipeline.require_quantizable(source, tmp_path / "out", config)
+
+
+def test_the_card_carries_the_name_of_a_hub_model(tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "0123456789abcdef")
+    report = quantize(source, tmp_path / "out", QuantizationConfig(method="rtn"), base_model="owner/name")
+    assert report.to_dict()["base_model"] == "owner/name"
+    assert "base_model: owner/name\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+MEASURED_RUN = """
+import sys, torch
+from pathlib import Path
+from marlin_gptq import QuantizationConfig, quantize_model
+torch.set_num_threads(1)
+quantize_model(
+    Path(sys.argv[1]), Path(sys.argv[2]), QuantizationConfig(method="rtn"), [], device=torch.device("cpu"),
+    shard_size=10**7,
+)
+# The peak of this program alone; ru_maxrss would begin with that of the process it was forked from.
+print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+def test_memory_follows_the_block_not_the_model(tmp_path: Path) -> None:
+    sizes, peaks = [], []
+    for blocks in (4, 24):
+        source = save_tiny_model(
+            tmp_path / f"source-{blocks}",
+            hidden_size=512,
+            intermediate_size=2048,
+            num_hidden_layers=blocks,
+            shard_size="20MB",
+        )
+        sizes.append(sum(file.stat().st_size for file in source.glob("*.safetensors")))
+        command = [sys.executable, "-c", MEASURED_RUN, source, tmp_path / f"out-{blocks}"]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert sizes[1] - sizes[0] > 150e6
+    assert peaks[1] - peaks[0] < 0.2 * (sizes[1] - sizes[0])

@@ -8,6 +8,8 @@ block.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,8 @@ from marlin_gptq.modeling.architecture import (
     require_finite,
 )
 from marlin_gptq.modeling.linear import MarlinLinear
+
+_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class _Stop(Exception):
@@ -142,6 +146,7 @@ class BlockStream:
             for layer in layers:
                 layer.hold_dense(False)
             _release(block)
+            _return_free_memory()
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor) -> Tensor:
@@ -355,3 +360,11 @@ def _release(root: nn.Module) -> None:
         for own, buffer in module.named_buffers(recurse=False):
             if own not in module._non_persistent_buffers_set:
                 module._buffers[own] = buffer.to("meta")
+
+
+def _return_free_memory() -> None:
+    """Give freed host memory back to the system: glibc keeps what lies between live allocations, and a little more of
+    it stays with every block (98 MB over 20 blocks of 8 MB, measured)."""
+    trim = getattr(_C_LIBRARY, "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
