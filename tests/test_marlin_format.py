@@ -101,7 +101,7 @@ def test_messages_of_wrong_shapes_and_values() -> None:
         marlin.pack_codes(torch.zeros(64, 24, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"codes: got torch\.int32, expected torch\.uint8"):
         marlin.pack_codes(torch.zeros(64, 16, dtype=torch.int32))
-    with pytest.raises(ValueError, match="codes: got a value of 16, expected 0 … 15"):
+    with pytest.raises(ValueError, match="values: got a value of 16, expected 0 … 15"):
         marlin.pack_codes(torch.full((64, 16), 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"qweight: got \[1, 100\]"):
         marlin.unpack_codes(torch.zeros(1, 100, dtype=torch.int32))

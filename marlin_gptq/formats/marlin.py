@@ -28,6 +28,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from marlin_gptq.formats.words import pack_nibbles, unpack_nibbles
+
 TILE_K = 16
 TILE_N = 64
 ZERO_CODE = 8
@@ -45,13 +47,8 @@ def pack_codes(codes: Tensor) -> Tensor:
         raise ValueError(f"codes: got {codes.dtype}, expected torch.uint8")
     if k % TILE_K or n % TILE_N:
         raise ValueError(f"codes: got [{n}, {k}], expected [N, K] with N % {TILE_N} == 0 and K % {TILE_K} == 0")
-    if codes.numel() and int(codes.max()) > 15:
-        raise ValueError(f"codes: got a value of {int(codes.max())}, expected 0 … 15")
     fields = codes.reshape(n // TILE_N, *_CODES_SHAPE[1:4], k // TILE_K, *_CODES_SHAPE[5:])
-    nibbles = fields.permute(_WORD_ORDER).reshape(k // TILE_K, 2 * n, 8)
-    # Two nibbles make a byte and four bytes, lowest first, one little-endian word: no 64-bit temporaries.
-    octets = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
-    return octets.contiguous().view(torch.int32).squeeze(-1)
+    return pack_nibbles(fields.permute(_WORD_ORDER).reshape(k // TILE_K, 16 * n))
 
 
 def unpack_codes(qweight: Tensor) -> Tensor:
@@ -61,9 +58,7 @@ def unpack_codes(qweight: Tensor) -> Tensor:
         raise ValueError(f"qweight: got {qweight.dtype}, expected torch.int32")
     if words % (2 * TILE_N):
         raise ValueError(f"qweight: got [{rows}, {words}], expected [K/16, 2N] with N % {TILE_N} == 0")
-    octets = qweight.contiguous().unsqueeze(-1).view(torch.uint8)
-    nibbles = torch.stack((octets & 0xF, octets >> 4), dim=-1)
-    fields = nibbles.reshape(rows, words // (2 * TILE_N), 8, 4, 4, 2, 2, 2)
+    fields = unpack_nibbles(qweight).reshape(rows, words // (2 * TILE_N), 8, 4, 4, 2, 2, 2)
     return fields.permute(_CODE_ORDER).reshape(words // 2, rows * TILE_K)
 
 
@@ -94,17 +89,13 @@ def pack_zeros(zeros: Tensor) -> Tensor:
     if n % TILE_N:
         raise ValueError(f"zeros: got [{n}, {groups}], expected [N, groups] with N % {TILE_N} == 0")
     fields = zeros.t().reshape(groups, n // TILE_N, 2, 2, 2, 8)  # n_hi, n5, n4, n3, n20
-    nibbles = fields.permute(0, 1, 5, 4, 2, 3).reshape(groups, n // 8, 8)
-    octets = nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
-    return octets.contiguous().view(torch.int32).squeeze(-1)
+    return pack_nibbles(fields.permute(0, 1, 5, 4, 2, 3).reshape(groups, n))
 
 
 def unpack_zeros(packed: Tensor) -> Tensor:
     """Exact inverse of `pack_zeros`: int32 [groups, N/8] → uint8 [N, groups]."""
     groups, words = packed.shape
-    octets = packed.contiguous().unsqueeze(-1).view(torch.uint8)
-    nibbles = torch.stack((octets & 0xF, octets >> 4), dim=-1)
-    fields = nibbles.reshape(groups, words // 8, 8, 2, 2, 2)  # n_hi, n20, n3, n5, n4
+    fields = unpack_nibbles(packed).reshape(groups, words // 8, 8, 2, 2, 2)  # n_hi, n20, n3, n5, n4
     return fields.permute(0, 1, 4, 5, 3, 2).reshape(groups, words * 8).t().contiguous()
 
 
