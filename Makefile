@@ -18,6 +18,10 @@ ifneq ($(MARLIN_GPTQ_ARCHS),)
 export MARLIN_GPTQ_ARCHS
 endif
 
+# Threads that wait give their core away: on a machine with other work the demo's take a third less (54 s, 36 s).
+OMP_WAIT_POLICY ?= PASSIVE
+export OMP_WAIT_POLICY
+
 VENV := $(if $(SYSTEM_PYTHON),.venv-system,.venv)
 export VENV
 BIN := $(VENV)/bin
