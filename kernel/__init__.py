@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from marlin_gptq.kernel import library, reference
 from marlin_gptq.kernel.library import KernelStatus
-from marlin_gptq.kernel.op import gemm, why_not
+from marlin_gptq.kernel.op import gemm, set_overlap, why_not
 
-__all__ = ["KernelStatus", "gemm", "library", "reference", "why_not"]
+__all__ = ["KernelStatus", "gemm", "library", "reference", "set_overlap", "why_not"]

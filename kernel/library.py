@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 1  # of kernel/csrc/capi.h
+ABI_VERSION = 2  # of kernel/csrc/capi.h
 LIBRARY_NAME = "libmarlin_gptq.so"
 BUILD_INFO_NAME = "build_info.json"
 _REINSTALL = (
@@ -35,7 +35,7 @@ class PlanStruct(ctypes.Structure):
     """marlin_gptq_plan_t of capi.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("tile_m", "tile_n", "tile_k", "stages")),
+        *((name, ctypes.c_int32) for name in ("family", "tile_m", "tile_n", "tile_k", "stages")),
         *((name, ctypes.c_int32) for name in ("grouped", "ctas_per_sm", "grid", "threads")),
         *((name, ctypes.c_int32) for name in ("m_tiles", "n_tiles", "k_tiles", "shared_bytes")),
         ("units", ctypes.c_int64),
@@ -59,13 +59,16 @@ def error_string(code: int) -> str:
     return f"code {code}" if library is None else library.marlin_gptq_error_string(code).decode()
 
 
-def plan(m: int, n: int, k: int, group_size: int, *, sms: int, shared_bytes_per_sm: int) -> dict[str, int | str]:
+def plan(
+    m: int, n: int, k: int, group_size: int, *, sms: int, shared_bytes_per_sm: int, compute_capability: int = 80
+) -> dict[str, int | str]:
     """How the kernel would run a problem on such a GPU; needs the library. ValueError for a bad shape."""
     library = loaded()
     if library is None:
         raise RuntimeError(f"the kernel is not available: {status().reason}")
     result = PlanStruct()
-    code = library.marlin_gptq_plan(m, n, k, group_size, sms, shared_bytes_per_sm, ctypes.byref(result))
+    device = (sms, shared_bytes_per_sm, compute_capability)
+    code = library.marlin_gptq_plan(m, n, k, group_size, *device, ctypes.byref(result))
     if code:
         raise ValueError(f"plan of m={m} n={n} k={k} group_size={group_size}: {error_string(code)}")
     values = {name: getattr(result, name) for name, *_ in PlanStruct._fields_}
@@ -123,6 +126,6 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     library.marlin_gptq_error_string.argtypes = [ctypes.c_int]
     library.marlin_gptq_error_string.restype = ctypes.c_char_p
-    library.marlin_gptq_plan.argtypes = [i64, i64, i64, i64, i32, i32, ctypes.POINTER(PlanStruct)]
-    library.marlin_gptq_gemm.argtypes = [*[pointer] * 5, *[i64] * 5, i32, i32, pointer, i32]
+    library.marlin_gptq_plan.argtypes = [i64, i64, i64, i64, i32, i32, i32, ctypes.POINTER(PlanStruct)]
+    library.marlin_gptq_gemm.argtypes = [*[pointer] * 5, *[i64] * 5, i32, i32, pointer, i32, i32]
     library.marlin_gptq_dirty_tickets.argtypes = [i32, ctypes.POINTER(i64), ctypes.POINTER(i32)]

@@ -13,7 +13,10 @@ from marlin_gptq.kernel.checks import check_gemm
 from marlin_gptq.kernel.reference import gemm_reference
 
 MIN_CAPABILITY = (8, 0)
+_OVERLAP, _PORTABLE = 1, 2  # flags of the C function
 _ALIGNMENT = {"a": 16, "qweight": 16, "scales": 16, "bias": 8}  # bytes, of the kernel's vector loads
+
+_overlap = 0  # or _OVERLAP
 
 # Library.define/impl rather than torch.library.custom_op: half the time per call.
 _torch_library = torch.library.Library("marlin_gptq", "DEF")
@@ -39,13 +42,24 @@ def gemm(a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None = None,
     return torch.ops.marlin_gptq.gemm(a, qweight, scales, bias, group_size)
 
 
+def set_overlap(enabled: bool) -> None:
+    """Let kernels read weights before the work in front of them on the stream has ended; off at first.
+
+    A kernel then reads its qweight and scales early (programmatic dependent launch); activations, bias and output
+    wait as ever. Ask for it when a model is loaded and the GPU synchronized: from then on nothing queued on the
+    stream may write weights. GPUs before compute capability 9.0, and more than 32 tokens, ignore it.
+    """
+    global _overlap
+    _overlap = _OVERLAP if enabled else 0
+
+
 def _gemm_reference(a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
     check_gemm(a, qweight, scales, bias, group_size)
     return gemm_reference(a, qweight, scales, bias, group_size)
 
 
 def _gemm_cuda(
-    a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, grid: int = 0
+    a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, grid: int = 0, flags: int = 0
 ) -> Tensor:
     n, k = check_gemm(a, qweight, scales, bias, group_size)
     m = a.shape[0]
@@ -72,6 +86,7 @@ def _gemm_cuda(
         device,
         _current_stream(device),
         grid,
+        flags | _overlap,
     )
     if code:
         _check_alignment(a=a, qweight=qweight, scales=scales, bias=bias)
@@ -80,10 +95,13 @@ def _gemm_cuda(
 
 
 def _gemm_with_grid(
-    a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, grid: int
+    a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, grid: int, portable: bool = False
 ) -> Tensor:
-    """The CUDA path with a forced number of blocks, for tests. RuntimeError for one that does not fit."""
-    return _gemm_cuda(a, qweight, scales, bias, group_size, grid)
+    """The CUDA path with a forced number of blocks (0: as chosen), for tests. RuntimeError for one that does not fit.
+
+    portable: the kernels that every GPU can run, also where there are others.
+    """
+    return _gemm_cuda(a, qweight, scales, bias, group_size, grid, _PORTABLE if portable else 0)
 
 
 def _gemm_fake(a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:

@@ -1,10 +1,18 @@
 #!/usr/bin/env python3
-"""Time the 4-bit kernel on the linear layers of Llama models, beside torch's own matrix product.
+"""Time the 4-bit kernel on linear layers, beside torch's own matrix product.
 
 Every row is a replayed CUDA graph of calls on weights that have left the L2 cache (several copies take
 turns, at least 180 MB of them): microseconds a call (median), GB/s of the bytes a call must move (codes,
-scales, activations, output), TFLOP/s, and the speed against torch's dense product (cuBLAS) on the same shape,
-timed likewise, by turns.
+scales, activations, output) and their fraction of what torch reads in the same process, TFLOP/s, and the speed
+against torch's dense product (cuBLAS) on the same shape, timed likewise, by turns. "chain": the same calls, each
+allowed to read its weights before the one in front of it has ended (marlin_gptq.kernel.set_overlap).
+
+Suites:
+    layers     the linear layers of Llama models of 7B to 70B (the default)
+    peak       one matrix whose tiles share out evenly over the multiprocessors, M = 1 to 128
+    models     M = 16 on the fused layers of Llama 7B, 13B, 33B and 65B and of Falcon 180B
+    sustained  each case for two seconds (--seconds), clocks and power beside the time. The clocks are left as they
+               are; to lock them first, as root: nvidia-smi --lock-gpu-clocks=MHZ, afterwards --reset-gpu-clocks
 """
 
 from __future__ import annotations
@@ -13,14 +21,16 @@ import argparse
 import csv
 import json
 import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from marlin_gptq.kernel import gemm, library
+from marlin_gptq.kernel import gemm, library, set_overlap
 
 # (in_features, out_features): fused qkv, attention output, fused gate and up, and down, of 7B to 70B models.
 LAYERS = [
@@ -36,6 +46,22 @@ LAYERS = [
     (8192, 57344),
     (28672, 8192),
 ]
+MODELS = [
+    *((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)),  # Llama 7B
+    *((5120, 15360), (5120, 5120), (5120, 27648), (13824, 5120)),  # 13B
+    *((6656, 19968), (6656, 6656), (6656, 35840), (17920, 6656)),  # 33B
+    *((8192, 24576), (8192, 8192), (8192, 44032), (22016, 8192)),  # 65B
+    *((14848, 15872), (14848, 14848), (14848, 59392), (59392, 14848)),  # Falcon 180B
+]
+SUITE_M = {
+    "layers": [1, 16, 64, 256, 1024],
+    "peak": [1, 2, 4, 8, 16, 32, 64, 128],
+    "models": [16],
+    "sustained": [1, 16, 64],
+}
+HEADER = """\
+|    K |     N |    M |      µs |  GB/s | of stream | TFLOP/s | torch µs | x torch | chain µs | x torch | error |
+|-----:|------:|-----:|--------:|------:|----------:|--------:|---------:|--------:|---------:|--------:|------:|"""
 COLD_BYTES = 180 * 2**20  # three times the largest L2 cache
 
 
@@ -53,25 +79,31 @@ def main() -> int:
         "torch": torch.__version__,
         "dtype": options.dtype,
         "group_size": options.group_size,
+        "suite": options.suite,
+        "stream_gigabytes_per_second": stream_speed(),
         "rows": [],
     }
+    stream = report["stream_gigabytes_per_second"]
     print(f"{report['device']}, torch {torch.__version__}, {options.dtype}, groups of {options.group_size}")
-    print("|    K |     N |    M |      µs |  GB/s | TFLOP/s | x torch | torch µs | relative error |")
-    print("|-----:|------:|-----:|--------:|------:|--------:|--------:|---------:|---------------:|")
-    for k, n in options.layer or LAYERS:
+    print(f"torch reads {stream:.0f} GB/s")
+    print(HEADER)
+    for k, n in options.layer or suite_layers(options.suite):
         for row in bench_layer(k, n, options):
+            row["of_stream"] = row["gigabytes_per_second"] / stream
             report["rows"].append(row)
             print(
-                f"| {k:5d} | {n:5d} | {row['m']:4d} | {row['microseconds']:7.1f} "
-                f"| {row['gigabytes_per_second']:5.0f} "
-                f"| {row['teraflops']:7.1f} | {row['times_torch']:7.2f} | {row['torch_microseconds']:8.1f} "
-                f"| {row['relative_error']:14.1e} |",
+                f"| {k:5d} | {n:5d} | {row['m']:4d} | {row['microseconds']:7.2f} "
+                f"| {row['gigabytes_per_second']:5.0f} | {row['of_stream']:9.2f} "
+                f"| {row['teraflops']:7.1f} | {row['torch_microseconds']:8.2f} | {row['times_torch']:7.2f} "
+                f"| {row['chain_microseconds']:8.2f} | {row['chain_times_torch']:7.2f} | {row['relative_error']:5.0e} |"
+                + (f" {row['state']}" if "state" in row else ""),
                 flush=True,
             )
     for m in options.m:
-        ratios = [row["times_torch"] for row in report["rows"] if row["m"] == m]
-        mean = statistics.geometric_mean(ratios)
-        print(f"geometric mean over {len(ratios)} layers, M = {m}: x torch {mean:.2f}")
+        rows = [row for row in report["rows"] if row["m"] == m]
+        alone = statistics.geometric_mean(row["times_torch"] for row in rows)
+        chain = statistics.geometric_mean(row["chain_times_torch"] for row in rows)
+        print(f"geometric mean over {len(rows)} layers, M = {m}: x torch {alone:.2f}, in a chain {chain:.2f}")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.csv:
@@ -85,17 +117,41 @@ def main() -> int:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--m", type=numbers, default=[1, 16, 64, 256, 1024], help="tokens, e.g. 1,16,64")
+    parser.add_argument("--suite", choices=list(SUITE_M), default="layers")
+    parser.add_argument("--m", type=numbers, help="tokens, e.g. 1,16,64; else those of the suite")
     parser.add_argument("--layer", type=lambda text: tuple(numbers(text)), action="append", metavar="K,N")
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--replays", type=int, default=20)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--csv", type=Path)
-    return parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each case of the suite sustained")
+    options = parser.parse_args()
+    options.m = options.m or SUITE_M[options.suite]
+    return options
 
 
-def bench_layer(k: int, n: int, options: argparse.Namespace) -> list[dict[str, float]]:
+def suite_layers(suite: str) -> list[tuple[int, int]]:
+    if suite == "peak":
+        return [(8192, 128 * torch.cuda.get_device_properties().multi_processor_count)]
+    return MODELS if suite == "models" else LAYERS
+
+
+def stream_speed() -> float:
+    """GB/s at which torch reads 4 GB once: the best of several."""
+    x = torch.ones(2**30, device="cuda")
+    best = 0.0
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        x.sum()
+        end.record()
+        end.synchronize()
+        best = max(best, 4 * 2**30 / begin.elapsed_time(end) / 1e6)
+    return best
+
+
+def bench_layer(k: int, n: int, options: argparse.Namespace) -> list[dict[str, float | str]]:
     dtype, group_size = getattr(torch, options.dtype), options.group_size
     groups = 1 if group_size in (-1, k) else k // group_size
     packed_bytes = k * n // 2 + groups * n * 2
@@ -110,7 +166,7 @@ def bench_layer(k: int, n: int, options: argparse.Namespace) -> list[dict[str, f
     ]
     dense = [(torch.randn(n, k, device="cuda") / 16).to(dtype) for _ in range(dense_sets)]
 
-    rows: list[dict[str, float]] = []
+    rows: list[dict[str, float | str]] = []
     for m in options.m:
         inputs = [torch.randn(m, k, device="cuda").to(dtype) for _ in range(max(packed_sets, dense_sets))]
 
@@ -120,7 +176,9 @@ def bench_layer(k: int, n: int, options: argparse.Namespace) -> list[dict[str, f
         def run_torch(i: int, inputs: list[Tensor] = inputs) -> Tensor:
             return inputs[i % len(inputs)] @ dense[i % dense_sets].t()
 
-        ours, theirs = time_by_turns([(run_kernel, packed_sets), (run_torch, dense_sets)], options.replays)
+        candidates = [(run_kernel, packed_sets, False), (run_kernel, packed_sets, True), (run_torch, dense_sets, False)]
+        seconds = options.seconds if options.suite == "sustained" else 0.0
+        ours, chain, theirs = time_by_turns(candidates, options.replays, seconds)
         moved = packed_bytes + 2 * m * (k + n)
         rows.append(
             {
@@ -132,27 +190,41 @@ def bench_layer(k: int, n: int, options: argparse.Namespace) -> list[dict[str, f
                 "teraflops": 2 * m * n * k / ours / 1e6,
                 "times_torch": theirs / ours,
                 "torch_microseconds": theirs,
+                "chain_microseconds": chain,
+                "chain_times_torch": theirs / chain,
                 "relative_error": relative_error(inputs[0], *packed[0], group_size),
             }
         )
+        if options.suite == "sustained":
+            rows[-1]["state"] = gpu_state()
     return rows
 
 
-def time_by_turns(candidates: list[tuple[Callable[[int], Tensor], int]], replays: int) -> list[float]:
-    """Median microseconds of one call of each candidate; `sets` calls in turn use different memory."""
+def time_by_turns(
+    candidates: list[tuple[Callable[[int], Tensor], int, bool]], replays: int, seconds: float
+) -> list[float]:
+    """Median microseconds of one call of each candidate (run, number of weights that take turns, overlap).
+
+    seconds: how long to go on at least, in all.
+    """
     graphs: list[tuple[torch.cuda.CUDAGraph, int, list[float]]] = []
-    for run, sets in candidates:
+    for run, sets, overlap in candidates:
         calls = sets * max(1, 12 // sets)
+        torch.cuda.synchronize()  # the weights are written
+        set_overlap(overlap)
         for i in range(sets):
             run(i)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for i in range(calls):
                 run(i)
+        set_overlap(False)
         graph.replay()
         graphs.append((graph, calls, []))
     torch.cuda.synchronize()
-    for _ in range(replays):
+    until = time.monotonic() + seconds
+    while replays > 0 or time.monotonic() < until:
+        replays -= 1
         for graph, calls, times in graphs:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -161,6 +233,12 @@ def time_by_turns(candidates: list[tuple[Callable[[int], Tensor], int]], replays
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e3 / calls)
     return [statistics.median(times) for _, _, times in graphs]
+
+
+def gpu_state() -> str:
+    """Clocks and power as nvidia-smi tells them."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def relative_error(a: Tensor, qweight: Tensor, scales: Tensor, group_size: int) -> float:

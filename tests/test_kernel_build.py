@@ -89,11 +89,31 @@ def entry(dtype: int, tile_m: int, stages: int, grouped: bool, architecture: str
     )
 
 
+def decode_entry(dtype: int, tile_m: int, warps_n: int, warps_k: int, groups: int, architecture: str) -> str:
+    name = (
+        f"_ZN11marlin_gptq4sm9013decode_kernelINS0_12DecodeConfigILNS_5DTypeE{dtype}ELi{tile_m}ELi{warps_n}ELi{warps_k}"
+        f"ELNS0_6GroupsE{groups}EEEEEvNS_10GemmParamsENS0_4MapsE"
+    )
+    return (
+        f"ptxas info    : Compiling entry function '{name}' for '{architecture}'\n"
+        f"    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        f"ptxas info    : Used 110 registers, used 1 barriers\n"
+    )
+
+
 def good_log(reader: ModuleType, architectures: tuple[str, ...] = ("sm_80", "sm_90a")) -> str:
     log = "".join(f"nvcc -gencode=arch=x,code={arch} " for arch in architectures) + "-c gemm.cu\n"
     for architecture in architectures:
         for name in sorted(reader.expected_kernels(reader.VARIANTS.read_text())):
-            _, dtype, tile_m, stages, grouped = name.split()
+            family, dtype, tile_m, *rest = name.split()
+            if family == "decode":
+                warps_n, warps_k = rest[0].removeprefix("warps").split("x")
+                groups = reader.GROUPS.index(rest[1])
+                log += decode_entry(
+                    reader.DTYPES.index(dtype), int(tile_m[1:]), int(warps_n), int(warps_k), groups, architecture
+                )
+                continue
+            stages, grouped = rest
             log += entry(
                 reader.DTYPES.index(dtype),
                 int(tile_m[1:]),
@@ -112,13 +132,16 @@ def check(reader: ModuleType, tmp_path: Path, text: str, *options: str) -> int:
 def test_a_good_log_passes(reader: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(reader, tmp_path, good_log(reader), "--archs", "80,90a") == 0
     out = capsys.readouterr().out
-    assert "gemm bf16 m8 stages5 grouped" in out and "sm_90a" in out and "115" in out
+    for text in ("gemm bf16 m8 stages5 grouped", "decode f16 m8 warps2x4 unit", "sm_90a", "115"):
+        assert text in out
 
 
 def test_the_table_of_variants_is_understood(reader: ModuleType) -> None:
     names = reader.expected_kernels(reader.VARIANTS.read_text())
     assert {name.split()[1] for name in names} == {"f16", "bf16"}
     assert {name.split()[2] for name in names} >= {"m8", "m16", "m32"}
+    assert {name.split()[0] for name in names} == {"gemm", "decode"}
+    assert "decode bf16 m16 warps2x8 part" in names
 
 
 @pytest.mark.parametrize(
@@ -130,7 +153,7 @@ def test_the_table_of_variants_is_understood(reader: ModuleType) -> None:
         ),
         (lambda log: log + "ptxas info : (C7514) Potential Performance Loss: wgmma serialized\n", "(C7514)"),
         (lambda log: log.replace("for 'sm_80'", "for 'sm_75'"), "sm_80: not compiled"),
-        (lambda log: log.replace("DTypeE1", "DTypeE0"), "not compiled: gemm bf16"),
+        (lambda log: log.replace("DTypeE1", "DTypeE0"), "not compiled: decode bf16"),
         (lambda log: log.replace("Used 115 registers", "Used"), "does not say what it uses"),
         (lambda log: "", "no nvcc command names an architecture"),
         (lambda log: "nvcc -gencode=arch=x,code=sm_80 -c gemm.cu\n", "sm_80: not compiled"),

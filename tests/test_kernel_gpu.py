@@ -47,6 +47,31 @@ def test_every_m(m: int, dtype: torch.dtype) -> None:
     assert relative_error(out, exact(a, qweight, scales)) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 32])
+def test_the_portable_kernels(m: int, group_size: int, dtype: torch.dtype) -> None:
+    """Those of every GPU, also where few tokens have kernels of their own; the two agree but for rounding."""
+    k, n = 1152, 320
+    qweight, scales = packed_weight(k, n, group_size, dtype)
+    a = activations(m, k, dtype)
+    expected = exact(a, qweight, scales, None, group_size)
+    for grid in (0, 1, 7):
+        out = _gemm_with_grid(a, qweight, scales, None, group_size, grid, portable=True)
+        assert relative_error(out, expected) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("k, n", [(8192, 8192), (16384, 8192)], ids=["short streams", "long streams"])
+@pytest.mark.parametrize("group_size", [-1, 64, 128])
+@pytest.mark.parametrize("m", [5, 16, 32])
+def test_slots_are_used_again(m: int, group_size: int, k: int, n: int) -> None:
+    """Many units for each block: the ring goes round several times."""
+    qweight, scales = packed_weight(k, n, group_size, FLOAT16)
+    a = activations(m, k, FLOAT16)
+    expected = exact(a, qweight, scales, None, group_size)
+    assert relative_error(gemm(a, qweight, scales, None, group_size), expected) < LIMIT[FLOAT16]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", ALL_N)
 @pytest.mark.parametrize("k", ALL_K)
@@ -174,7 +199,7 @@ def raw_gemm(a: Tensor, qweight: Tensor, scales: Tensor, c: Tensor, group_size: 
     pointers = [t.data_ptr() for t in (a, qweight, scales)]
     (m, k), n, stream = a.shape, c.shape[1], torch.cuda.current_stream().cuda_stream
     code = handle.marlin_gptq_gemm(
-        *pointers, None, c.data_ptr(), m, n, k, a.stride(0), group_size, a.dtype == BFLOAT16, 0, stream, 0
+        *pointers, None, c.data_ptr(), m, n, k, a.stride(0), group_size, a.dtype == BFLOAT16, 0, stream, 0, 0
     )
     assert code == 0, library.error_string(code)
 
@@ -276,6 +301,6 @@ def test_inputs_from_host_memory(m: int, k: int, n: int, group_size: int) -> Non
         bias = activations(1, n, dtype, seed=3, device="cpu")[0]
         on_gpu = [t.cuda() for t in (a, qweight, scales, bias)]
         units = -(-k // 128) * -(-n // 128)
-        for grid in {0, 1, min(3, units)}:
-            out = _gemm_with_grid(*on_gpu, group_size, grid).cpu()
+        for grid, portable in [(0, False), (1, False), (min(3, units), False), (0, True), (min(3, units), True)]:
+            out = _gemm_with_grid(*on_gpu, group_size, grid, portable).cpu()
             assert relative_error(out, exact(a, qweight, scales, bias, group_size)) < LIMIT[dtype]

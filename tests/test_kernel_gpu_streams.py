@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 from kernel_problems import BFLOAT16, FLOAT16, LIMIT, activations, exact, packed_weight, relative_error
 from torch import Tensor
 
-from marlin_gptq.kernel import gemm, library
+from marlin_gptq.kernel import gemm, library, set_overlap
 from marlin_gptq.kernel.op import _gemm_with_grid
 
 pytestmark = [
@@ -141,6 +142,65 @@ def test_graphs_replayed_at_once() -> None:
                     count += (out != want).sum()
     torch.cuda.synchronize()
     assert [int(count) for count in wrong] == [0, 0, 0]
+    assert dirty_tickets()[0] == 0
+
+
+@pytest.fixture
+def overlap() -> Iterator[None]:
+    torch.cuda.synchronize()
+    set_overlap(True)
+    yield
+    set_overlap(False)
+
+
+@pytest.mark.parametrize("m", [1, 16, 32, 48])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_a_chain_of_layers_that_overlap(m: int, graph: bool, overlap: None) -> None:
+    """Each layer reads what the one before, or torch, wrote last: weights may come early, nothing else."""
+    layers = [packed_weight(4096, 4096, 128, FLOAT16, seed=seed) for seed in range(4)]
+    bias = activations(1, 4096, FLOAT16, seed=9)[0]
+
+    def chain(x: Tensor) -> Tensor:
+        for index, layer in enumerate(layers):
+            x = gemm(x, *layer, bias, 128)
+            x = x * 0.05 if index == 1 else x
+        return x
+
+    a = activations(m, 4096, FLOAT16)
+    set_overlap(False)
+    inputs = [activations(m, 4096, FLOAT16, seed=seed) / 64 for seed in range(30)]
+    expected = [chain(x) for x in inputs]
+    torch.cuda.synchronize()
+    set_overlap(True)
+    out, captured_graph = torch.empty_like(a), torch.cuda.CUDAGraph()
+    if graph:
+        with torch.cuda.graph(captured_graph):
+            out = chain(a)
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(10):
+        for x, want in zip(inputs, expected, strict=True):
+            a.copy_(x)
+            if graph:
+                captured_graph.replay()
+            else:
+                out = chain(a)
+            differing += (out != want).sum()
+    assert int(differing) == 0
+    assert dirty_tickets()[0] == 0
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_replays(overlap: None) -> None:
+    """Nothing hangs and no result changes."""
+    problems = [(activations(m, 4096, FLOAT16), packed_weight(4096, 1024, 128, FLOAT16, seed=m)) for m in (1, 12, 30)]
+    graph = torch.cuda.CUDAGraph()
+    first = [gemm(a, *weight, None, 128) for a, weight in problems]
+    with torch.cuda.graph(graph):
+        outputs = [gemm(a, *weight, None, 128) for a, weight in problems]
+    for _ in range(100_000):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, want) for out, want in zip(outputs, first, strict=True))
     assert dirty_tickets()[0] == 0
 
 

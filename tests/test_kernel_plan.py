@@ -8,10 +8,12 @@ from marlin_gptq.kernel import library
 
 pytestmark = pytest.mark.skipif(library.loaded() is None, reason=f"no kernel: {library.status().reason}")
 
-H200 = {"sms": 132, "shared_bytes_per_sm": 228 * 1024}
+H200 = {"sms": 132, "shared_bytes_per_sm": 228 * 1024, "compute_capability": 90}
 A100 = {"sms": 108, "shared_bytes_per_sm": 164 * 1024}
 RTX4090 = {"sms": 128, "shared_bytes_per_sm": 100 * 1024}
-GPUS = [H200, A100, RTX4090, {"sms": 1, "shared_bytes_per_sm": 100 * 1024}]
+RTX5090 = {"sms": 170, "shared_bytes_per_sm": 100 * 1024, "compute_capability": 120}
+GPUS = [H200, A100, RTX4090, RTX5090, {"sms": 1, "shared_bytes_per_sm": 100 * 1024}]
+RING, DECODE = 0, 1  # families
 SHAPES = [
     (m, n, k, group_size)
     for m in (1, 8, 9, 16, 17, 33, 4096)
@@ -29,7 +31,7 @@ def test_tokens_choose_the_tile(m: int, tile_m: int) -> None:
     assert plan["reason"]
 
 
-@pytest.mark.parametrize("gpu", GPUS, ids=["H200", "A100", "RTX 4090", "one SM"])
+@pytest.mark.parametrize("gpu", GPUS, ids=["H200", "A100", "RTX 4090", "RTX 5090", "one SM"])
 def test_every_plan_fits(gpu: dict[str, int]) -> None:
     for m, n, k, group_size in SHAPES:
         plan = {
@@ -39,9 +41,11 @@ def test_every_plan_fits(gpu: dict[str, int]) -> None:
         assert plan["n_tiles"] * plan["tile_n"] >= n > (plan["n_tiles"] - 1) * plan["tile_n"]
         assert plan["k_tiles"] * plan["tile_k"] >= k > (plan["k_tiles"] - 1) * plan["tile_k"]
         assert plan["units"] == plan["m_tiles"] * plan["n_tiles"] * plan["k_tiles"]
-        assert plan["grid"] == min(plan["units"], gpu["sms"] * plan["ctas_per_sm"])
+        most = min(plan["units"], gpu["sms"] * plan["ctas_per_sm"])
+        assert plan["grid"] == most if plan["family"] == RING else 0.7 * most <= plan["grid"] <= most
         assert plan["grouped"] == (group_size not in (-1, k))
-        assert plan["shared_bytes"] <= 99 * 1024
+        assert plan["shared_bytes"] + 1024 <= gpu["shared_bytes_per_sm"]
+        assert plan["shared_bytes"] <= 99 * 1024 or plan["family"] == DECODE
         assert (
             plan["ctas_per_sm"] == 1
             or plan["ctas_per_sm"] * (plan["shared_bytes"] + 1024) <= (gpu["shared_bytes_per_sm"])
@@ -49,7 +53,7 @@ def test_every_plan_fits(gpu: dict[str, int]) -> None:
 
 
 def test_two_blocks_share_an_sm_where_they_fit() -> None:
-    assert library.plan(1, 4096, 4096, 128, **H200)["grid"] == 2 * 132
+    assert library.plan(40, 4096, 4096, -1, **H200)["grid"] == 2 * 132
     assert library.plan(1, 4096, 4096, 128, **A100)["grid"] == 2 * 108
     assert library.plan(1, 4096, 4096, 128, **RTX4090)["grid"] == 128
 
@@ -57,6 +61,28 @@ def test_two_blocks_share_an_sm_where_they_fit() -> None:
 def test_few_units_take_few_blocks() -> None:
     assert library.plan(1, 64, 48, -1, **H200)["grid"] == 1
     assert library.plan(16, 192, 384, 64, **H200)["grid"] == 6
+
+
+def test_few_tokens_take_the_decode_family_where_it_runs() -> None:
+    for m in (1, 8, 16, 32):
+        plan = library.plan(m, 4096, 4096, 128, **H200)
+        assert plan["family"] == DECODE and plan["ctas_per_sm"] == 1
+        assert plan["shared_bytes"] >= H200["shared_bytes_per_sm"] // 2, "two blocks would share an SM"
+        assert library.plan(m, 4096, 4096, 128, **A100)["family"] == RING
+        assert library.plan(m, 4096, 4096, 128, **RTX5090)["family"] == RING, "its shared memory is too small"
+    assert library.plan(33, 4096, 4096, 128, **H200)["family"] == RING
+
+
+def test_blocks_of_the_decode_family_stay_in_their_tile_where_few_sms_idle() -> None:
+    assert library.plan(1, 4096, 4096, 128, **H200)["grid"] == 32 * 4
+    assert library.plan(1, 12288, 4096, 128, **H200)["grid"] == 96
+    assert library.plan(1, 10240, 8192, 128, **H200)["grid"] == 132, "80 of 132 would be too few"
+
+
+def test_long_streams_get_a_deeper_ring() -> None:
+    assert library.plan(1, 57344, 8192, 128, **H200)["stages"] == 12
+    assert library.plan(1, 8192, 8192, 128, **H200)["stages"] == 8
+    assert library.plan(16, 57344, 8192, 128, **H200)["threads"] == 512
 
 
 def test_units_may_exceed_32_bits() -> None:

@@ -2,11 +2,13 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <climits>
 
 #include "dispatch/heuristics.h"
 #include "dispatch/launch.h"
 #include "dispatch/workspace.h"
+#include "sm90/launch.h"
 
 using namespace marlin_gptq;
 
@@ -68,19 +70,20 @@ const char* marlin_gptq_error_string(int code) {
 }
 
 int marlin_gptq_plan(int64_t m, int64_t n, int64_t k, int64_t group_size, int32_t sms, int32_t shared_bytes_per_sm,
-                     struct marlin_gptq_plan_t* plan) {
+                     int32_t compute_capability, struct marlin_gptq_plan_t* plan) {
     const Problem problem{m, n, k, group_size};
     if (const int error = check_problem(problem)) return error;
     if (m == 0 || sms <= 0) return MARLIN_GPTQ_BAD_SHAPE;
-    const Plan chosen = choose_config(problem, {sms, shared_bytes_per_sm});
+    const Plan chosen = choose_config(problem, {sms, shared_bytes_per_sm, compute_capability});
+    plan->family = static_cast<int32_t>(chosen.family);
     plan->tile_m = chosen.tile_m;
-    plan->tile_n = kTileN;
+    plan->tile_n = chosen.tile_n;
     plan->tile_k = kTileK;
     plan->stages = chosen.stages;
     plan->grouped = chosen.grouped;
     plan->ctas_per_sm = chosen.ctas_per_sm;
     plan->grid = chosen.grid;
-    plan->threads = kThreads;
+    plan->threads = chosen.threads;
     plan->m_tiles = chosen.m_tiles;
     plan->n_tiles = chosen.n_tiles;
     plan->k_tiles = chosen.k_tiles;
@@ -92,7 +95,7 @@ int marlin_gptq_plan(int64_t m, int64_t n, int64_t k, int64_t group_size, int32_
 
 int marlin_gptq_gemm(const void* a, const void* qweight, const void* scales, const void* bias, void* c, int64_t m,
                      int64_t n, int64_t k, int64_t lda, int64_t group_size, int32_t dtype, int32_t device,
-                     void* stream_handle, int32_t grid) {
+                     void* stream_handle, int32_t grid, int32_t flags) {
     const Problem problem{m, n, k, group_size};
     if (const int error = check_problem(problem)) return error;
     if (dtype != 0 && dtype != 1) return MARLIN_GPTQ_BAD_DTYPE;
@@ -108,12 +111,14 @@ int marlin_gptq_gemm(const void* a, const void* qweight, const void* scales, con
     const DeviceGuard guard(device);
     if (guard.error() != cudaSuccess) return reported(guard.error());
 
-    Plan plan = choose_config(problem, {info.sms, info.shared_bytes_per_sm});
+    const bool portable = (flags & MARLIN_GPTQ_PORTABLE) || info.compute_capability < 90 || !sm90::decode_compiled(device);
+    Plan plan = choose_config(problem, {info.sms, info.shared_bytes_per_sm, portable ? 80 : info.compute_capability});
     const auto stream = static_cast<cudaStream_t>(stream_handle);
     Workspace workspace;
     if (const cudaError_t error = workspace_for(device, stream, &workspace)) return reported(error);
+    const size_t blocks = std::min<size_t>(workspace.max_grid, workspace.slot_bytes / (2 * plan.partial_bytes));
     if (grid != 0) {
-        if (grid < 0 || grid > plan.units || grid > workspace.max_grid) return MARLIN_GPTQ_BAD_GRID;
+        if (grid < 0 || grid > plan.units || static_cast<size_t>(grid) > blocks) return MARLIN_GPTQ_BAD_GRID;
         plan.grid = grid;
     }
     if (plan.units / plan.grid >= INT_MAX) return MARLIN_GPTQ_BAD_SHAPE;
@@ -133,6 +138,11 @@ int marlin_gptq_gemm(const void* a, const void* qweight, const void* scales, con
     params.k = static_cast<int>(k);
     params.m_tiles = plan.m_tiles;
     params.k_tiles = plan.k_tiles;
+    params.ring_slots = plan.stages;
+    params.shared_bytes = static_cast<int>(plan.shared_bytes);
+    params.overlap = (flags & MARLIN_GPTQ_OVERLAP) != 0;
+    params.units_each = static_cast<int>(plan.units / plan.grid);
+    params.units_rest = static_cast<int>(plan.units % plan.grid);
     if (plan.grouped) {
         params.group_shift = group_size == 128 ? 2 : group_size == 64 ? 1 : 0;
         params.groups = static_cast<int>(k / group_size);

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define MARLIN_GPTQ_ABI_VERSION 1
+#define MARLIN_GPTQ_ABI_VERSION 2
 
 #if defined(__cplusplus)
 #define MARLIN_GPTQ_API extern "C" __attribute__((visibility("default")))
@@ -26,7 +26,17 @@ enum {
 
 /* dtype: 0 float16, 1 bfloat16. */
 
+/* Flags of marlin_gptq_gemm. */
+enum {
+    /* A promise that nothing running or queued on the stream writes qweight or scales: the kernel may begin to read them
+     * before the work in front of it has ended (programmatic dependent launch, compute capability 9.0 and newer). */
+    MARLIN_GPTQ_OVERLAP = 1,
+    /* For tests: the kernels that every device can run. */
+    MARLIN_GPTQ_PORTABLE = 2,
+};
+
 struct marlin_gptq_plan_t {
+    int32_t family; /* 0: sm80/gemm.cuh, 1: sm90/decode.cuh */
     int32_t tile_m, tile_n, tile_k, stages;
     int32_t grouped, ctas_per_sm, grid, threads;
     int32_t m_tiles, n_tiles, k_tiles, shared_bytes;
@@ -37,19 +47,21 @@ struct marlin_gptq_plan_t {
 MARLIN_GPTQ_API int marlin_gptq_abi_version(void);
 MARLIN_GPTQ_API const char* marlin_gptq_error_string(int code);
 
-/* What a problem would run as on a device of `sms` multiprocessors with `shared_bytes_per_sm` of shared memory each.
+/* What a problem would run as on a device of `sms` multiprocessors with `shared_bytes_per_sm` of shared memory each and
+ * of this compute capability (10 * major + minor).
  * Touches no GPU. */
 MARLIN_GPTQ_API int marlin_gptq_plan(int64_t m, int64_t n, int64_t k, int64_t group_size, int32_t sms,
-                                     int32_t shared_bytes_per_sm, struct marlin_gptq_plan_t* plan);
+                                     int32_t shared_bytes_per_sm, int32_t compute_capability, struct marlin_gptq_plan_t* plan);
 
 /* c[m, n] = a[m, k] (row stride lda >= k) times the weight [k, n] packed in qweight [k/16, 2n] int32, with scales
  * [groups, n] and, unless null, bias [n]. All in device memory of `device`; a, scales, bias and c are of `dtype`.
  * k % 16 == 0, n % 64 == 0, lda % 8 == 0; group_size -1 or k (one scale per column), 32, 64 or 128 (dividing k); a,
  * qweight, scales aligned to 16 bytes, c and bias to 8. Returns once the work is queued on `stream`. Deterministic.
- * grid: 0, or a number of blocks to force (for tests). */
+ * grid: 0, or a number of blocks to force (for tests).
+ * flags: 0 or a sum of the two below. */
 MARLIN_GPTQ_API int marlin_gptq_gemm(const void* a, const void* qweight, const void* scales, const void* bias, void* c,
                                      int64_t m, int64_t n, int64_t k, int64_t lda, int64_t group_size, int32_t dtype,
-                                     int32_t device, void* stream, int32_t grid);
+                                     int32_t device, void* stream, int32_t grid, int32_t flags);
 
 /* For tests: how many reduction tickets of `device` are not zero (0 when nothing is running), over how many workspaces.
  * Synchronizes the device. */

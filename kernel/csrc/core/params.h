@@ -15,13 +15,17 @@ struct GemmParams {
     const void* bias;         // [n] or null
     void* c;                  // [m, n]
     float4* slots;            // workspace: 2 partial tiles per block
-    unsigned* tickets;        // workspace: one per block, zero between launches
+    unsigned* tickets;        // workspace: kTicketsPerBlock per block, zero between launches
     int64_t lda;
     int64_t units;
     int m, n, k;
     int m_tiles, k_tiles;
     int group_shift;          // log2(group_size / 32) when grouped
     int groups;               // rows of scales
+    int ring_slots;           // sm90/decode.cuh: depth of the ring
+    int shared_bytes;         // sm90/decode.cuh: of a block
+    int overlap;              // sm90/decode.cuh: weights and scales may be read before the previous grid has ended
+    int units_each, units_rest;  // sm90/decode.cuh: units == units_each * grid + units_rest
 };
 
 }  // namespace marlin_gptq

@@ -70,7 +70,7 @@ __device__ __forceinline__ bool reduce_blocks(const GemmParams& p, int first, in
 
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) *flag = atomicAdd(p.tickets + first, 1u);
+    if (threadIdx.x == 0) *flag = atomicAdd(p.tickets + first * kTicketsPerBlock, 1u);
     __syncthreads();
     if (*flag != static_cast<unsigned>(last - first)) return false;
 
@@ -84,7 +84,7 @@ __device__ __forceinline__ bool reduce_blocks(const GemmParams& p, int first, in
 #pragma unroll
         for (int i = 0; i < kBlocks; ++i) add(sums[i], __ldcg(from + i * kThreads));
     }
-    if (threadIdx.x == 0) p.tickets[first] = 0;  // clean for the next launch
+    if (threadIdx.x == 0) p.tickets[first * kTicketsPerBlock] = 0;  // clean for the next launch
     return true;
 }
 

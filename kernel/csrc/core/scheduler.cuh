@@ -14,6 +14,20 @@ MARLIN_GPTQ_HD constexpr int owner_of_unit(int64_t unit, int64_t units, int64_t 
     return static_cast<int>(((unit + 1) * grid - 1) / units);
 }
 
+// The same for streams of less than 2^31 units and without 64-bit divisions, which cost a small launch a microsecond.
+struct Shares {
+    int units, grid, each, rest;  // each * grid + rest == units
+
+    MARLIN_GPTQ_HD constexpr int first(int block) const { return block * each + block * rest / grid; }
+    MARLIN_GPTQ_HD constexpr int owner(int unit) const {
+        int block = static_cast<int>(static_cast<float>(unit) * static_cast<float>(grid) / static_cast<float>(units));
+        if (block >= grid) block = grid - 1;
+        while (first(block) > unit) --block;
+        while (block + 1 < grid && first(block + 1) <= unit) ++block;
+        return block;
+    }
+};
+
 // A position in the stream of units.
 struct TileCursor {
     int m_tile;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/config.h"
+#include "sm90/config.h"
 
 namespace marlin_gptq {
 
@@ -17,12 +18,19 @@ struct Problem {
 struct DeviceShape {
     int sms;
     int shared_bytes_per_sm;
+    int compute_capability;  // 10 * major + minor; below 90: no decode family
 };
 
+enum class Family : int { ring = 0, decode = 1 };  // sm80/gemm.cuh, sm90/decode.cuh
+
 struct Plan {
+    Family family = Family::ring;
     int tile_m = 0;
-    int stages = 0;
+    int tile_n = 0;
+    int stages = 0;  // or slots
+    int threads = 0;
     bool grouped = false;
+    sm90::Groups groups = sm90::Groups::column;  // of the decode family
     int ctas_per_sm = 0;
     int m_tiles = 0;
     int n_tiles = 0;
@@ -30,6 +38,7 @@ struct Plan {
     int64_t units = 0;
     int grid = 0;
     size_t shared_bytes = 0;
+    size_t partial_bytes = 0;  // of a tile in the workspace
     const char* reason = nullptr;
 };
 

@@ -56,7 +56,7 @@ class RelaxedCapture {
 
 cudaError_t allocate(const DeviceInfo& info, Workspace* workspace) {
     const int max_grid = info.sms * kMaxCtasPerSm;
-    const size_t ticket_bytes = (static_cast<size_t>(max_grid) * sizeof(unsigned) + 1023) / 1024 * 1024;
+    const size_t ticket_bytes = (static_cast<size_t>(max_grid) * kTicketsPerBlock * sizeof(unsigned) + 1023) / 1024 * 1024;
     const size_t slot_bytes = static_cast<size_t>(max_grid) * 2 * kTileN * kMaxTileM * sizeof(float);
     RelaxedCapture relaxed;
     char* base = nullptr;
@@ -75,6 +75,7 @@ cudaError_t allocate(const DeviceInfo& info, Workspace* workspace) {
     }
     workspace->tickets = reinterpret_cast<unsigned*>(base);
     workspace->slots = reinterpret_cast<float4*>(base + ticket_bytes);
+    workspace->slot_bytes = slot_bytes;
     workspace->max_grid = max_grid;
     return cudaSuccess;
 }
@@ -196,7 +197,7 @@ cudaError_t count_dirty_tickets(int device, long long* dirty, int* workspaces) {
     *dirty = 0;
     *workspaces = static_cast<int>(all.size());
     for (const Workspace& workspace : all) {
-        std::vector<unsigned> tickets(workspace.max_grid);
+        std::vector<unsigned> tickets(static_cast<size_t>(workspace.max_grid) * kTicketsPerBlock);
         error = cudaMemcpy(tickets.data(), workspace.tickets, tickets.size() * sizeof(unsigned), cudaMemcpyDeviceToHost);
         if (error != cudaSuccess) return error;
         for (const unsigned ticket : tickets) *dirty += ticket != 0;

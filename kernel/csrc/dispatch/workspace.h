@@ -8,8 +8,9 @@
 namespace marlin_gptq {
 
 struct Workspace {
-    unsigned* tickets = nullptr;  // one per block; zero between launches, every launch leaves them so
+    unsigned* tickets = nullptr;  // kTicketsPerBlock per block; zero between launches, every launch leaves them so
     float4* slots = nullptr;      // two partial tiles per block
+    size_t slot_bytes = 0;        // of all slots together
     int max_grid = 0;
 };
 

@@ -28,17 +28,23 @@ __device__ __forceinline__ void cp_async_wait() {
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared)
-                 : "memory");
+                 : "r"(shared));
 }
 
 __device__ __forceinline__ uint4 load_shared_16(uint32_t shared) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(shared)
-                 : "memory");
+                 : "r"(shared));
     return v;
+}
+
+// One more on a counter in global memory: what was written before (in this warp: before the last __syncwarp) is seen by
+// whoever finds it counted, and what others wrote before they counted is seen from here on.
+__device__ __forceinline__ unsigned count_one(unsigned* counter) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
 }
 
 }  // namespace marlin_gptq::ptx
