@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from marlin_gptq import __version__
 from marlin_gptq.checkpoint import resolve_model
-from marlin_gptq.cli import failures, options
+from marlin_gptq.cli import evaluate_report, evaluate_tasks, failures, options
 from marlin_gptq.cli.progress import Display
 
 if TYPE_CHECKING:
+    from marlin_gptq.eval.divergence import Comparison, Divergence
     from marlin_gptq.eval.perplexity import PerplexityResult
 
 Row = tuple[str, "PerplexityResult"]
@@ -33,6 +35,10 @@ def main() -> None:
     """Evaluate full-precision and quantized models."""
 
 
+for command in (evaluate_tasks.harness, evaluate_tasks.mmlu, evaluate_report.report, evaluate_tasks.lm_eval):
+    main.add_command(command)
+
+
 @main.command("perplexity", epilog=EXAMPLES, context_settings=HELP)
 @click.argument("model")
 @click.option(
@@ -49,7 +55,10 @@ def main() -> None:
     default=None,
     help="Tokens per window.  [default: 4096, or the model's context]",
 )
-@click.option("--baseline", metavar="MODEL", help="A second model (directory or hub id) to compare with.")
+@click.option(
+    "--baseline", metavar="MODEL", help="A second model (directory or hub id) to compare with: KL, top-1 agreement."
+)
+@click.option("--no-divergence", is_flag=True, help="With --baseline: compare perplexities only, which is quicker.")
 @click.option("--batch-size", type=click.IntRange(1), help="Windows per forward.  [default: by their length]")
 @click.option(
     "--n-samples",
@@ -71,6 +80,7 @@ def perplexity(
     dataset: str,
     seq_len: int | None,
     baseline: str | None,
+    no_divergence: bool,
     batch_size: int | None,
     n_samples: int | None,
     seed: int,
@@ -82,56 +92,57 @@ def perplexity(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Token perplexity of MODEL (a directory or a hub id, full-precision or quantized), block by block."""
+    """Token perplexity of MODEL (a directory or a hub id, full-precision or quantized), block by block.
+
+    With --baseline also the KL divergence of MODEL's next-token distributions from the baseline's, and how often both
+    put the same token first.
+    """
     from marlin_gptq.calibration import DEFAULT_SEQ_LEN, sequence_length
+    from marlin_gptq.eval.divergence import compare_models
     from marlin_gptq.eval.perplexity import evaluate_perplexity
 
     display = Display()
     options.quiet_libraries(display.say)
     where, computing = options.torch_device(device), options.torch_dtype(dtype)
-    directories = [(model, resolve_model(model, revision=revision, offline=offline))]
-    if baseline is not None:
-        directories.append((baseline, resolve_model(baseline, offline=offline)))
-    contexts = [length for _, path in directories if (length := options.context_length(path))]
+    directory = resolve_model(model, revision=revision, offline=offline)
+    base = None if baseline is None else resolve_model(baseline, offline=offline)
+    contexts = [length for path in (directory, base) if path and (length := options.context_length(path))]
     length = sequence_length(seq_len, min(contexts, default=None))
     if seq_len is None and length < DEFAULT_SEQ_LEN:
         display.say(f"note: windows of {length} tokens, the model's context")
 
-    rows: list[Row] = []
-    for name, path in directories:
-        with display.counting(f"perplexity of {name}") as progress:
-            result = evaluate_perplexity(
-                path,
-                dataset,
-                length,
-                device=where,
-                dtype=computing,
-                batch_size=batch_size,
-                n_samples=n_samples,
-                seed=seed,
-                limit=limit,
-                offline=offline,
-                progress=progress,
-            )
-        rows.append((name, result))
-    hint = kernel_hint(rows)
-    if as_json:
-        click.echo(json.dumps(as_object(rows, dataset, hint)))
+    settings: dict[str, Any] = {
+        "device": where, "dtype": computing, "batch_size": batch_size, "n_samples": n_samples, "seed": seed,
+        "limit": limit, "offline": offline,
+    }  # fmt: skip
+    if base is None or baseline is None:
+        with display.counting(f"perplexity of {model}") as progress:
+            result = evaluate_perplexity(directory, dataset, length, progress=progress, **settings)
+        rows, comparison = [(model, result)], None
     else:
-        print_table(rows, dataset, hint)
+        with display.counting(f"{model} beside {baseline}") as progress:
+            comparison = compare_models(
+                directory, base, dataset, length, divergence=not no_divergence, progress=progress, **settings
+            )
+        rows = [(model, comparison.model), (baseline, comparison.baseline)]
+    hint = kernel_hint(result.kernel for _, result in rows)
+    if as_json:
+        click.echo(json.dumps(as_object(rows, dataset, hint, comparison)))
+    else:
+        print_table(rows, dataset, hint, comparison)
 
 
-def kernel_hint(rows: list[Row]) -> str | None:
+def kernel_hint(kernels: Iterable[str]) -> str | None:
     """How to get the CUDA kernel, if a quantized model ran without it."""
     from marlin_gptq.kernel import library
 
-    if not any(result.kernel.startswith("reference") for _, result in rows):
+    if not any(kernel.startswith("reference") for kernel in kernels):
         return None
     status = library.status()
     return "It is compiled here and runs on an NVIDIA GPU (--device cuda)." if status.available else status.hint
 
 
-def as_object(rows: list[Row], dataset: str, hint: str | None) -> dict[str, Any]:
+def as_object(rows: list[Row], dataset: str, hint: str | None, comparison: Comparison | None = None) -> dict[str, Any]:
     """The JSON object of one evaluation; the second row, if there is one, is the baseline."""
     (model, result), *others = rows
     content: dict[str, Any] = {"model": model, "dataset": dataset} | result.to_dict() | {"hint": hint}
@@ -144,18 +155,18 @@ def as_object(rows: list[Row], dataset: str, hint: str | None) -> dict[str, Any]
             "nll": result.nll - other.nll,
             "comparable": result.tokens == other.tokens,
         }
+    found = comparison.divergence if comparison else None
+    content["divergence"] = found.to_dict() if found else None
+    if comparison and comparison.missing:
+        content["divergence_missing"] = comparison.missing
     return content
 
 
-def print_table(rows: list[Row], dataset: str, hint: str | None) -> None:
+def print_table(rows: list[Row], dataset: str, hint: str | None, comparison: Comparison | None = None) -> None:
     """The figures side by side on stdout."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=140)
     table = Table("model", "perplexity", "tokens", "tokens/s", "computed by")
     for column in table.columns[1:4]:
         column.justify, column.no_wrap = "right", True
@@ -166,12 +177,21 @@ def print_table(rows: list[Row], dataset: str, hint: str | None) -> None:
     for _, other in others:
         change = result.perplexity - other.perplexity
         table.add_row("difference", f"{change:+.4f}", "", "", f"{100 * change / other.perplexity:+.2f} %")
-    console.print(table)
+    options.table_console().print(table)
+    if comparison and comparison.divergence:
+        click.echo(divergence_line(comparison.divergence))
     click.echo(f"{dataset}: {result.protocol}")
-    if any(other.tokens != result.tokens for _, other in others):
-        click.echo("note: the models tokenize this text differently, so their perplexities are not comparable")
+    if comparison and comparison.missing:
+        click.echo(f"note: {comparison.missing}")
     if hint:
         click.echo(f"note: the reference path ran, not the CUDA kernel. {hint}")
+
+
+def divergence_line(found: Divergence) -> str:
+    """KL and top-1 agreement with their standard errors."""
+    kl = options.with_error(found.kl_nats, found.kl_nats_standard_error, ".5f")
+    top1 = options.with_error(found.top1_agreement_percent, found.top1_agreement_percent_standard_error, ".2f")
+    return f"KL(baseline ‖ model) {kl} nats per token, top-1 agreement {top1} %, over {found.tokens} tokens"
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def show_time(seconds: float) -> str:
 
 def with_error(value: float, error: float | None, form: str) -> str:
     """A figure and its standard error, if there is one: 0.01234 ± 0.00012."""
-    return format(value, form) + ("" if error is None else f" ± {error:{form}}")
+    return format(value, form) + ("" if error is None else f" ± {format(error, form.lstrip('+'))}")
 
 
 def table_console() -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,13 @@ import torch
 from torch import Tensor
 
 from marlin_gptq.calibration import load_tokenizer, sequence_length
-from marlin_gptq.errors import InputError, QuantizationError
+from marlin_gptq.errors import InputError
+from marlin_gptq.eval.hidden_states import Progress, Steps, last_hidden, not_finite
 from marlin_gptq.eval.windows import equal_length_batches, require_vocabulary, text_windows
 from marlin_gptq.modeling.blocks import BlockStream
 
 LOGITS_PER_CHUNK = {"cuda": 2**25, "cpu": 2**22}
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 4096}
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,64 @@ class PerplexityResult:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model and the windows [T] it is to score."""
+
+    stream: BlockStream
+    windows: list[Tensor]
+    seq_len: int
+    protocol: str
+
+    def batches(self, batch_size: int | None) -> list[Tensor]:
+        """The windows as int64 [B, T], longest first."""
+        return equal_length_batches(self.windows, batch_size, TOKENS_PER_BATCH.get(self.stream.device.type, 4096))
+
+    def result(self, total_nll: float, seconds: float) -> PerplexityResult:
+        """The figures, from the summed negative log-likelihood in nats."""
+        tokens = sum(len(window) - 1 for window in self.windows)
+        nll = total_nll / tokens
+        return PerplexityResult(
+            perplexity=math.exp(nll) if nll < 700 else math.inf,
+            nll=nll,
+            tokens=tokens,
+            windows=len(self.windows),
+            seq_len=self.seq_len,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            kernel=self.stream.kernel_name(),
+            protocol=self.protocol,
+        )
+
+
+def prepare(
+    model_dir: Path,
+    dataset: str,
+    seq_len: int | None = None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    n_samples: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    offline: bool = False,
+) -> Prepared:
+    """Open a model directory and cut a dataset into windows for it; arguments as in `evaluate_perplexity`."""
+    for name, number in (("n_samples", n_samples), ("limit", limit)):
+        if number is not None and number < 1:
+            raise InputError(f"{name}: got {number}, expected at least 1")
+    stream = BlockStream(model_dir, device=device, dtype=dtype)
+    seq_len = sequence_length(seq_len, getattr(stream.config, "max_position_embeddings", None))
+    windows, protocol = text_windows(
+        load_tokenizer(model_dir), dataset, seq_len, n_samples=n_samples, seed=seed, offline=offline
+    )
+    if limit is not None and limit < len(windows):
+        windows = windows[:limit]
+        protocol += f"; LIMITED to the first {limit} windows, for tests only"
+    require_vocabulary(windows, stream.config.vocab_size)
+    return Prepared(stream, windows, seq_len, protocol)
 
 
 def evaluate_perplexity(
@@ -71,35 +127,20 @@ def evaluate_perplexity(
 
     Raises InputError, CheckpointError, and QuantizationError for activations or logits that are NaN or Inf.
     """
-    for name, number in (("batch_size", batch_size), ("n_samples", n_samples), ("limit", limit)):
-        if number is not None and number < 1:
-            raise InputError(f"{name}: got {number}, expected at least 1")
-    stream = BlockStream(model_dir, device=device, dtype=dtype)
-    seq_len = sequence_length(seq_len, getattr(stream.config, "max_position_embeddings", None))
-    windows, protocol = text_windows(
-        load_tokenizer(model_dir), dataset, seq_len, n_samples=n_samples, seed=seed, offline=offline
-    )
-    if limit is not None and limit < len(windows):
-        windows = windows[:limit]
-        protocol += f"; LIMITED to the first {limit} windows, for tests only"
-    require_vocabulary(windows, stream.config.vocab_size)
-
+    require_batch_size(batch_size)
+    prepared = prepare(
+        model_dir, dataset, seq_len,
+        device=device, dtype=dtype, n_samples=n_samples, seed=seed, limit=limit, offline=offline,
+    )  # fmt: skip
     started = time.perf_counter()
-    total_nll = stream_nll(stream, windows, batch_size=batch_size, progress=progress)
-    seconds = time.perf_counter() - started
-    tokens = sum(len(window) - 1 for window in windows)
-    nll = total_nll / tokens
-    return PerplexityResult(
-        perplexity=math.exp(nll) if nll < 700 else math.inf,
-        nll=nll,
-        tokens=tokens,
-        windows=len(windows),
-        seq_len=seq_len,
-        seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        kernel=stream.kernel_name(),
-        protocol=protocol,
-    )
+    total_nll = stream_nll(prepared.stream, prepared.windows, batch_size=batch_size, progress=progress)
+    return prepared.result(total_nll, time.perf_counter() - started)
+
+
+def require_batch_size(batch_size: int | None) -> None:
+    """InputError for less than 1."""
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size: got {batch_size}, expected at least 1")
 
 
 @torch.no_grad()
@@ -117,34 +158,20 @@ def stream_nll(
     on the device if they fit into `memory_share` of its free memory, else in page-locked host memory.
     """
     batches = equal_length_batches(windows, batch_size, TOKENS_PER_BATCH.get(stream.device.type, 4096))
-    tell = _Steps(progress, len(batches) * (stream.n_blocks + 2))
-    hidden = _Hidden(stream, sum(len(window) for window in windows), memory_share)
-    for batch in batches:
-        hidden.append(stream.embed(batch.to(stream.device)))
-        tell.step()
-    for index in range(stream.n_blocks):
-        finite = torch.ones((), dtype=torch.bool, device=stream.device)
-        with stream.block(index):
-            for position in range(len(batches)):
-                output = stream.run(index, hidden.get(position))
-                finite &= torch.isfinite(output).all()
-                hidden.put(position, output)
-                tell.step()
-        if not finite:
-            raise QuantizationError(
-                f"decoder block {index}: its output holds NaN or Inf computed in {_name(stream.dtype)}; "
-                "try --dtype bfloat16 or float32, and check the checkpoint"
-            )
+    steps = Steps(progress, len(batches) * (stream.n_blocks + 2))
+    hidden = last_hidden(stream, batches, memory_share, steps)
     total = torch.zeros((), dtype=torch.float64, device=stream.device)
     for position, batch in enumerate(batches):
         total += _head_nll(stream, hidden.get(position), batch.to(stream.device))
-        tell.step()
-    if not torch.isfinite(total):
-        raise QuantizationError(
-            f"output head: its logits hold NaN or Inf computed in {_name(stream.dtype)}; "
-            "try --dtype bfloat16 or float32, and check the checkpoint"
-        )
+        steps.step()
+    require_finite_head(total, stream.dtype)
     return float(total)
+
+
+def require_finite_head(total: Tensor, dtype: torch.dtype) -> None:
+    """QuantizationError for a summed NLL that is not finite."""
+    if not torch.isfinite(total):
+        raise not_finite("output head: its logits hold", dtype)
 
 
 def _head_nll(stream: BlockStream, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -161,45 +188,3 @@ def _head_nll(stream: BlockStream, hidden: Tensor, ids: Tensor) -> Tensor:
         )
         total += losses.double().sum()
     return total
-
-
-class _Hidden:
-    """Hidden states of all batches, on the device or in page-locked host memory (pageable copies crawl)."""
-
-    def __init__(self, stream: BlockStream, tokens: int, memory_share: float) -> None:
-        self.device = stream.device
-        self.batches: list[Tensor] = []
-        self.on_device = True
-        if self.device.type == "cuda":
-            size = tokens * stream.config.hidden_size * stream.dtype.itemsize
-            free, _ = torch.cuda.mem_get_info(self.device)
-            self.on_device = size <= memory_share * free
-
-    def append(self, hidden: Tensor) -> None:
-        if self.on_device:
-            self.batches.append(hidden)
-        else:
-            self.batches.append(torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True).copy_(hidden))
-
-    def get(self, position: int) -> Tensor:
-        return self.batches[position].to(self.device, non_blocking=True)
-
-    def put(self, position: int, hidden: Tensor) -> None:
-        if self.on_device:
-            self.batches[position] = hidden
-        else:
-            self.batches[position].copy_(hidden)
-
-
-class _Steps:
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def step(self) -> None:
-        self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, self.total)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -42,7 +42,8 @@ for name in "${models[@]}"; do
             "${calibration[@]}" --n-samples 256 --seq-len 2048 --seed "$seed"
     done
     for quantized in "${made[@]}"; do
-        run marlin-eval perplexity "$quantized" --baseline "$model" --dataset wikitext2 --seq-len 1024 "${device[@]}"
+        # the first command for perplexity, of the whole text; the second for KL and top-1, over the first 40 windows
+        run marlin-eval perplexity "$quantized" --baseline "$model" --dataset wikitext2 --seq-len 1024 --no-divergence "${device[@]}"
+        run marlin-eval perplexity "$quantized" --baseline "$model" --dataset wikitext2 --seq-len 1024 --limit 40 "${device[@]}"
     done
-    run python scripts/compare_models.py "$model" "${made[@]}"
 done

@@ -58,7 +58,7 @@ def test_a_model_beside_its_baseline(model_dir: Path, quantized_dir: Path, text:
     difference = next(line for line in result.stdout.split("\n") if "difference" in line)
     assert " %" in difference
     assert "non-overlapping windows of 64" in result.stdout
-    assert result.stderr.count("100%  elapsed") == 2
+    assert result.stderr.count("100%  elapsed") == 1
 
     content = json.loads(run(*arguments, "--seq-len", 64, "--json").stdout)
     assert content["model"] == str(quantized_dir) and content["baseline"]["model"] == str(model_dir)
@@ -67,6 +67,20 @@ def test_a_model_beside_its_baseline(model_dir: Path, quantized_dir: Path, text:
     assert content["difference"]["perplexity"] == pytest.approx(change) and change != 0
     assert content["difference"]["comparable"] is True
     assert content["seq_len"] == 64 and content["tokens_per_second"] > 0 and content["nll"] > 0
+    found = content["divergence"]
+    assert found["kl_nats"] > 0 and 0 < found["top1_agreement_percent"] < 100 and found["windows"] == 8
+    assert f"KL(baseline ‖ model) {found['kl_nats']:.5f} ± {found['kl_nats_standard_error']:.5f}" in result.stdout
+    alone = run("perplexity", model_dir, *arguments[4:], "--seq-len", 64, "--json")
+    assert json.loads(alone.stdout)["divergence"] is None
+
+
+def test_a_baseline_that_cannot_be_compared(model_dir: Path, tmp_path: Path, text: str) -> None:
+    larger = save_character_model(tmp_path / "larger", vocab_size=128)
+    arguments = ("perplexity", model_dir, "--baseline", larger, "--dataset", text, "--seq-len", 64, "--device", "cpu")
+    assert "note: the vocabularies have 96 and 128 tokens" in run(*arguments).stdout
+    content = json.loads(run(*arguments, "--json").stdout)
+    assert content["divergence"] is None and "vocabularies" in content["divergence_missing"]
+    assert content["baseline"]["perplexity"] > 0
 
 
 def test_the_hint_on_the_kernel(

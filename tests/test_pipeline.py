@@ -372,4 +372,5 @@ def test_memory_follows_the_block_not_the_model(tmp_path: Path) -> None:
         command = [sys.executable, "-c", MEASURED_RUN, source, tmp_path / f"out-{blocks}"]
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     assert sizes[1] - sizes[0] > 150e6
-    assert peaks[1] - peaks[0] < 0.2 * (sizes[1] - sizes[0])
+    # A leak of every block would add 1.0, heap that is not given back 0.6.
+    assert peaks[1] - peaks[0] < 0.4 * (sizes[1] - sizes[0])
