@@ -107,6 +107,9 @@ def test_group_sizes_that_do_not_divide_name_the_layer(tmp_path: Path) -> None:
     ):
         require_divisible(linears, 128)
     require_divisible(linears, -1)
+    stream = BlockStream(save_tiny_model(tmp_path / "odd", intermediate_size=172), device=CPU)
+    with pytest.raises(InputError, match="use --group-size -1, or --skip"):  # 64 would fit the others, not all
+        require_divisible(block_linears(stream.block_module(0), "model.layers.0"), 128)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def require_divisible(linears: dict[str, nn.Linear], group_size: int) -> None:
         try:
             columns_per_group(linear.in_features, group_size)
         except ValueError as error:
-            fits = [size for size in (128, 64, 32) if linear.in_features % size == 0 and size < group_size]
+            widths = [other.in_features for other in linears.values()]
+            fits = [size for size in (64, 32) if size < group_size and not any(width % size for width in widths)]
             instead = f"--group-size {fits[0]}" if fits else "--group-size -1"
             raise InputError(
                 f"{name}: group size {group_size} does not divide its {linear.in_features} input features; use "
