@@ -18,7 +18,7 @@ ifneq ($(MARLIN_GPTQ_ARCHS),)
 export MARLIN_GPTQ_ARCHS
 endif
 
-# Threads that wait give their core away: on a machine with other work the demo's take a third less (54 s, 36 s).
+# Threads that wait give their core away: on a machine with other work the demo's took 36 s, not 54 s (one run each).
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 

@@ -60,7 +60,7 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
 @click.option(
     "--special-tokens",
     is_flag=True,
-    help="Begin each calibration document as the tokenizer would (with <s>, say); the seed recipe does not.",
+    help="Begin each calibration document as the tokenizer would (with <s>, say).",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the documents' order.")
 @click.option(

@@ -53,7 +53,7 @@ def calibration_samples(
     """`n_samples` documents of 2..`seq_len` tokens, shuffled by `seed`: int64 tensors [T], each T its own.
 
     Each document is tokenized whole, without the special tokens that the tokenizer would add (a <s> in front, say)
-    unless `special_tokens`: the seed recipe has none, and neither have most windows of a perplexity. A .txt file is
+    unless `special_tokens` (why: docs/benchmarks.md). A .txt file is
     one document; one that exceeds `seq_len` is cut at its blank lines. Warns (CalibrationWarning) when there are
     fewer; raises InputError when there are none.
     """
