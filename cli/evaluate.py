@@ -10,7 +10,7 @@ import click
 
 from marlin_gptq import __version__
 from marlin_gptq.checkpoint import resolve_model
-from marlin_gptq.cli import evaluate_report, evaluate_tasks, failures, options
+from marlin_gptq.cli import evaluate_report, evaluate_tasks, evaluate_throughput, failures, options
 from marlin_gptq.cli.progress import Display
 
 if TYPE_CHECKING:
@@ -35,7 +35,13 @@ def main() -> None:
     """Evaluate full-precision and quantized models."""
 
 
-for command in (evaluate_tasks.harness, evaluate_tasks.mmlu, evaluate_report.report, evaluate_tasks.lm_eval):
+for command in (
+    evaluate_throughput.throughput,
+    evaluate_tasks.harness,
+    evaluate_tasks.mmlu,
+    evaluate_report.report,
+    evaluate_tasks.lm_eval,
+):
     main.add_command(command)
 
 

@@ -16,6 +16,7 @@ from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError
 from marlin_gptq.eval.harness import load_suite, open_model, run_suite
 from marlin_gptq.eval.harness_model import marlin_model_class
 from marlin_gptq.eval.original_checkpoint import load_original
+from marlin_gptq.modeling.fused import Projection
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.pipeline import quantize_model
 
@@ -232,7 +233,7 @@ def original_state_dict(model: Any) -> dict[str, torch.Tensor]:
     content = {}
     for name, tensor in model.state_dict().items():
         owner, _, own = name.rpartition(".")
-        quantized = isinstance(model.get_submodule(owner), MarlinLinear)
+        quantized = isinstance(model.get_submodule(owner), (MarlinLinear, Projection))
         content[f"{owner}.{renamed[own]}" if quantized and own in renamed else name] = tensor
     content["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)  # old transformers kept it
     return content

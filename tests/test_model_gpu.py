@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from marlin_gptq import InputError, QuantizationConfig, quantize_model
+from marlin_gptq import InputError, MarlinLinear, QuantizationConfig, quantize_model
 from marlin_gptq.eval.perplexity import evaluate_perplexity
+from marlin_gptq.eval.throughput import Request, measure
 from marlin_gptq.formats import marlin
+from marlin_gptq.kernel import set_overlap
 from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.modeling.decoding import Decoder
+from marlin_gptq.modeling.fused import split_projections
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _overlap() -> Iterator[None]:
+    """Loading a model lets kernels overlap; other tests begin without."""
+    yield
+    set_overlap(False)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -101,6 +113,66 @@ def test_compiled_model_equals_the_eager_one(tmp_path: Path) -> None:
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         assert relative(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits) < 5e-3
+
+
+@torch.no_grad()
+def test_fused_projections_agree_with_separate_ones(tmp_path: Path) -> None:
+    output = quantized(tmp_path, CPU, attention_bias=True)
+    fused, plain = (AutoModelForCausalLM.from_pretrained(output, device_map="cuda") for _ in range(2))
+    split_projections(plain)
+    assert sum(isinstance(module, MarlinLinear) for module in fused.modules()) == 8
+    assert sum(isinstance(module, MarlinLinear) for module in plain.modules()) == 14
+    for length in (1, 7, 60):
+        ids = torch.randint(3, 96, (2, length), device=GPU)
+        assert relative(fused(ids).logits, plain(ids).logits) < 3e-3
+    state, other = fused.state_dict(), plain.state_dict()
+    assert state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+    late = AutoModelForCausalLM.from_pretrained(output).to("cuda")  # moved once loaded
+    ids = torch.randint(3, 96, (2, 9), device=GPU)
+    assert torch.equal(late(ids).logits, fused(ids).logits)
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_a_recorded_step_makes_the_tokens_of_an_eager_one(tmp_path: Path, quantize: bool) -> None:
+    output = quantized(tmp_path, CPU) if quantize else save_tiny_model(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(output, device_map="cuda")
+    ids = torch.randint(3, 96, (3, 20), device=GPU)
+    found = []
+    for graphs in (False, True):
+        decoder = Decoder(model, 3, 40, graphs=graphs)
+        for _ in range(2):
+            logits = [decoder.prefill(ids)]
+            chosen = torch.randint(3, 96, (19, 3), generator=torch.Generator().manual_seed(0)).cuda()
+            for tokens in chosen:  # the same text for both, so that a tie cannot part them
+                decoder.tokens.copy_(tokens)
+                logits.append(decoder.step().clone())
+            found.append(torch.stack(logits))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])  # nothing stays of the batch before
+    assert relative(found[2], found[0]) < 3e-3
+
+
+@pytest.mark.slow
+def test_a_compiled_and_recorded_step(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(quantized(tmp_path, CPU), device_map="cuda")
+    ids = torch.randint(3, 96, (1, 20), device=GPU)
+    logits = []
+    for mode in ({}, {"graphs": True, "compiled": True}):
+        decoder = Decoder(model, 1, 40, **mode)
+        decoder.prefill(ids)
+        logits.append([])
+        for token in range(10):
+            decoder.tokens.fill_(token + 5)
+            logits[-1].append(decoder.step().clone())
+    assert relative(torch.stack(logits[1]), torch.stack(logits[0])) < 5e-3
+
+
+def test_throughput_on_a_gpu(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(quantized(tmp_path, CPU), device_map="cuda")
+    speeds = list(measure(model, [Request(2, 16, 8), Request(2**20, 200, 56)], ["eager", "graphs"], repeats=1))
+    assert [(speed.mode, speed.batch) for speed in speeds] == [(m, b) for m in ("eager", "graphs") for b in (2, 2**20)]
+    for fits, too_large in (speeds[:2], speeds[2:]):
+        assert fits.error == "" and fits.decode_tokens_per_second > 0 and fits.peak_memory > 0
+        assert too_large.error == f"out of memory at batch {2**20}" and too_large.decode_tokens_per_second == 0
 
 
 @pytest.mark.slow

@@ -134,7 +134,7 @@ def test_every_family_quantizes_and_loads(tmp_path: Path, architecture: str, cha
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     layers = [module for module in model.modules() if isinstance(module, MarlinLinear)]
-    assert len(layers) == 14 and all(layer.group_size == group_size for layer in layers)
+    assert len(layers) == 8 and all(layer.group_size == group_size for layer in layers)
     ids = random_samples(1, longest=40)[0][None]
     with torch.no_grad():
         before = AutoModelForCausalLM.from_pretrained(source)(ids).logits.float()

@@ -19,14 +19,21 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.modeling.architecture import replace_linears
-from marlin_gptq.modeling.linear import MarlinLinear
+from marlin_gptq.modeling.fused import fuse_projections
+from marlin_gptq.modeling.linear import MarlinLinear, prepare_for_device
 
 
 @register_quantization_config(QUANT_METHOD)
 class MarlinGPTQConfig(QuantizationConfigMixin):
-    """The settings as transformers hands them around; QuantizationConfig holds and checks them."""
+    """The settings as transformers hands them around; QuantizationConfig holds and checks them.
 
-    def __init__(self, **settings: Any) -> None:
+    fuse  whether loading fuses q/k/v and gate/up (marlin_gptq.modeling.fused). No setting of the checkpoint: it is
+          not written back. `config.quantization_config["fuse"] = False` on the config passed to `from_pretrained`
+          turns it off.
+    """
+
+    def __init__(self, fuse: bool = True, **settings: Any) -> None:
+        self.fuse = fuse
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.settings = QuantizationConfig.from_dict(settings)
 
@@ -51,6 +58,9 @@ class MarlinGPTQQuantizer(HfQuantizer):
             _require_tensors(model, names, files)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.quantization_config.fuse:
+            fuse_projections(model)
+        prepare_for_device(model)
         return model
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:

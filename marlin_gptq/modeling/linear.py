@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from marlin_gptq.formats import marlin
-from marlin_gptq.kernel import gemm
+from marlin_gptq.kernel import gemm, set_overlap, why_not
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group
 
 
@@ -17,15 +19,17 @@ class MarlinLinear(nn.Module):
     Buffers, of the names they have on disk (K, N: the features padded to what the kernel takes):
         qweight  int32 [K/16, 2N]
         scales   float16 or bfloat16 [groups, N], stored order
-        bias     [out_features] of the same dtype, or None
+        qzeros   int32 [groups, N/8], zero points of an asymmetric grid, or None (code 8 is zero)
+        bias     [out_features] of the dtype of the scales, or None
 
     N is out_features rounded up to 64; K is in_features rounded up to 16, which only a group size of -1 can need.
-    Padding has code 8 and scale 0: it adds nothing to any output. Raises ValueError for a group size that does not
-    divide in_features.
+    Padding has scale 0: it adds nothing to any output. Raises ValueError for a group size that does not divide
+    in_features.
     """
 
     qweight: Tensor
     scales: Tensor
+    qzeros: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -35,6 +39,7 @@ class MarlinLinear(nn.Module):
         group_size: int,
         *,
         bias: bool = False,
+        symmetric: bool = True,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
     ) -> None:
@@ -46,6 +51,8 @@ class MarlinLinear(nn.Module):
         k, n = padded_features(in_features, out_features)
         self.register_buffer("qweight", torch.zeros(k // 16, 2 * n, dtype=torch.int32, device=device))
         self.register_buffer("scales", torch.zeros(groups, n, dtype=dtype, device=device))
+        zeros = None if symmetric else torch.zeros(groups, n // 8, dtype=torch.int32, device=device)
+        self.register_buffer("qzeros", zeros)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
         self._dense: Tensor | None = None
 
@@ -58,20 +65,20 @@ class MarlinLinear(nn.Module):
             out_features,
             weight.group_size,
             bias=bias is not None,
+            symmetric=weight.zeros is None,
             dtype=weight.scales.dtype,
             device="meta",
         )
         layer.qweight, layer.scales = pack(weight)
+        if weight.zeros is not None:
+            layer.qzeros = pack_zeros(weight.zeros)
         if bias is not None:
             layer.bias = bias.to(weight.scales.dtype)
         return layer
 
     def dequantize(self) -> Tensor:
-        """scale · (code − 8), float32 [out_features, in_features]."""
-        codes = marlin.unpack_codes(self.qweight)
-        scales = marlin.unpack_scales(self.scales)
-        whole = QuantizedWeight(codes, scales, None, -1).dequantize()
-        return whole[: self.out_features, : self.in_features]
+        """scale · (code − zero), float32 [out_features, in_features]."""
+        return dequantize(self.tensors())[: self.out_features, : self.in_features]
 
     def hold_dense(self, hold: bool) -> None:
         """Where no kernel runs: keep the dequantized weight between calls (8 times the memory), or let it go."""
@@ -82,20 +89,23 @@ class MarlinLinear(nn.Module):
 
         On other devices than CUDA float32 is taken as well and computed in float32.
         """
-        rows = x.reshape(-1, self.in_features)
-        if self._dense is not None or (x.dtype == torch.float32 and not x.is_cuda):
-            weight = self.dequantize() if self._dense is None else self._dense
-            bias = None if self.bias is None else self.bias.float()
-            y = F.linear(rows.float(), weight, bias).to(x.dtype)
-            return y.reshape(*x.shape[:-1], self.out_features)
-        k, n = padded_features(self.in_features, self.out_features)
-        if k != self.in_features:
-            rows = F.pad(rows, (0, k - self.in_features))
-        bias = self.bias
-        if bias is not None and n != self.out_features:
-            bias = F.pad(bias, (0, n - self.out_features))
-        y = gemm(rows.contiguous(), self.qweight, self.scales, bias, self._kernel_group_size())
-        return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+        return linear(x, self.tensors(), self.group_size, self.in_features, self.out_features, self._dense)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors this layer has on disk, by name, in the layout of the file."""
+        named = {"qweight": self.qweight, "scales": self.scales, "qzeros": self.qzeros, "bias": self.bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def prepare_for_device(self) -> None:
+        """Called when the weights are there, on the device that is to run them, and after every move to another one.
+
+        The place for a run-time layout: whatever it puts in place of the buffers, `tensors` gives the layout of the
+        file back. At present the Marlin layout runs as it is. On a GPU with the kernel all writing is waited for, and
+        kernels may from then on read weights ahead of the work in front of them (`marlin_gptq.kernel.set_overlap`).
+        """
+        if self.qweight.is_cuda and not why_not(self.qweight.device.index):
+            torch.cuda.synchronize(self.qweight.device)
+            set_overlap(True)
 
     def extra_repr(self) -> str:
         return (
@@ -103,9 +113,56 @@ class MarlinLinear(nn.Module):
             f"group_size={self.group_size}, bias={self.bias is not None}"
         )
 
-    def _kernel_group_size(self) -> int:
-        # One group is stored per column, whatever it is called.
-        return -1 if self.scales.shape[0] == 1 else self.group_size
+    def _apply(self, fn: Any, recurse: bool = True) -> MarlinLinear:
+        super()._apply(fn, recurse)  # .to(device), .cuda(), …
+        if self._dense is not None:
+            self.hold_dense(True)
+        self.prepare_for_device()
+        return self
+
+
+def prepare_for_device(model: nn.Module) -> None:
+    """Every MarlinLinear of the model: see MarlinLinear.prepare_for_device."""
+    for module in model.modules():
+        if isinstance(module, MarlinLinear):
+            module.prepare_for_device()
+
+
+def linear(
+    x: Tensor,
+    tensors: dict[str, Tensor],
+    group_size: int,
+    in_features: int,
+    out_features: int,
+    dense: Tensor | None = None,
+) -> Tensor:
+    """x [..., in_features] times the weight that `tensors` (MarlinLinear.tensors) hold → [..., out_features].
+
+    dense: the same weight, float32 [out_features, in_features], where it was kept.
+    """
+    rows = x.reshape(-1, in_features)
+    scales, bias = tensors["scales"], tensors.get("bias")
+    if dense is not None or (x.dtype == torch.float32 and not x.is_cuda):
+        weight = dequantize(tensors)[:out_features, :in_features] if dense is None else dense
+        y = F.linear(rows.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+        return y.reshape(*x.shape[:-1], out_features)
+    k, n = padded_features(in_features, out_features)
+    if k != in_features:
+        rows = F.pad(rows, (0, k - in_features))
+    if bias is not None and n != out_features:
+        bias = F.pad(bias, (0, n - out_features))
+    zeros = {"qzeros": tensors["qzeros"]} if "qzeros" in tensors else {}
+    # One group is stored per column, whatever it is called.
+    per_column = scales.shape[0] == 1
+    y = gemm(rows.contiguous(), tensors["qweight"], scales, bias, -1 if per_column else group_size, **zeros)
+    return y[:, :out_features].reshape(*x.shape[:-1], out_features)
+
+
+def dequantize(tensors: dict[str, Tensor]) -> Tensor:
+    """scale · (code − zero), float32 [N, K], padding included."""
+    zeros = marlin.unpack_zeros(tensors["qzeros"]) if "qzeros" in tensors else None
+    codes, scales = marlin.unpack_codes(tensors["qweight"]), marlin.unpack_scales(tensors["scales"])
+    return QuantizedWeight(codes, scales, zeros, -1).dequantize()
 
 
 def padded_features(in_features: int, out_features: int) -> tuple[int, int]:
@@ -120,3 +177,9 @@ def pack(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     codes = F.pad(weight.codes, (0, k - in_features, 0, n - out_features), value=marlin.ZERO_CODE)
     scales = F.pad(weight.scales, (0, 0, 0, n - out_features))
     return marlin.pack_codes(codes), marlin.pack_scales(scales)
+
+
+def pack_zeros(zeros: Tensor) -> Tensor:
+    """Zero points uint8 [out_features, groups] → qzeros as MarlinLinear stores them, padded with code 8."""
+    n = padded_features(marlin.TILE_K, zeros.shape[0])[1]
+    return marlin.pack_zeros(F.pad(zeros, (0, 0, 0, n - zeros.shape[0]), value=marlin.ZERO_CODE))

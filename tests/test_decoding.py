@@ -1,0 +1,112 @@
+"""modeling/decoding.py and sampling.py: the decoder makes the tokens that generate makes; draws follow the law."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_config
+from transformers import AutoModelForCausalLM
+
+from marlin_gptq.modeling.decoding import Decoder, static_cache, weight_bytes, why_not
+from marlin_gptq.modeling.sampling import sample
+
+
+def model_of(architecture: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), dtype=torch.float32).eval()
+
+
+def decoded(decoder: Decoder, ids: torch.Tensor, count: int) -> torch.Tensor:
+    decoder.prefill(ids)
+    found = [decoder.tokens.clone()]
+    for _ in range(count - 1):
+        decoder.step()
+        found.append(decoder.tokens.clone())
+    return torch.stack(found, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "fixed"),
+    [
+        ("llama", {}, True),
+        ("mistral", {"sliding_window": 64}, True),
+        ("mistral", {"sliding_window": 16}, False),
+        ("qwen3", {"head_dim": 32}, True),
+    ],
+)
+def test_tokens_are_those_of_generate(architecture: str, changes: dict, fixed: bool) -> None:
+    model = model_of(architecture, **changes)
+    ids = torch.randint(3, 90, (2, 20))
+    expected = model.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None)[:, 20:]
+    decoders = [Decoder(model, 2, 30)]
+    if fixed:  # the cache of fixed size, as graphs use it, but without them
+        decoders.append(Decoder(model, 2, 30))
+        decoders[-1]._static = True
+        decoders[-1]._cache = static_cache(model.config, 30)
+    for decoder in decoders:
+        for _ in range(2):  # a second batch finds no trace of the first
+            assert torch.equal(decoded(decoder, ids, 10), expected)
+    assert bool(why_not(model, 30, graphs=False, compiled=True)) is not fixed
+
+
+def test_a_compiled_step_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: whole(f, backend="aot_eager", **settings))
+    model = model_of("llama")
+    ids = torch.randint(3, 90, (2, 20))
+    expected = decoded(Decoder(model, 2, 30), ids, 10)
+    assert torch.equal(decoded(Decoder(model, 2, 30, compiled=True), ids, 10), expected)
+
+
+def test_other_tokens_may_be_put_in() -> None:
+    model = model_of("llama")
+    decoder = Decoder(model, 1, 8)
+    decoder.prefill(torch.tensor([[5, 6]]))
+    decoder.tokens.fill_(7)
+    logits = decoder.step()
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(torch.tensor([[5, 6, 7]])).logits[:, -1])
+
+
+def test_limits_are_named() -> None:
+    model = model_of("llama")
+    decoder = Decoder(model, 1, 4)
+    with pytest.raises(ValueError, match=r"ids: got \[2, 3\], expected \[1, T\] with T from 1 to 4"):
+        decoder.prefill(torch.ones(2, 3, dtype=torch.int64))
+    decoder.prefill(torch.ones(1, 3, dtype=torch.int64))
+    decoder.step()
+    with pytest.raises(RuntimeError, match="the cache holds 4 tokens and is full"):
+        decoder.step()
+    with pytest.raises(ValueError, match="CUDA graphs need a GPU, the model is on cpu"):
+        Decoder(model, 1, 4, graphs=True)
+    with pytest.raises(ValueError, match="attention window is shorter than 20 tokens"):
+        Decoder(model_of("mistral", sliding_window=16), 1, 20, compiled=True)
+
+
+def test_shared_weights_count_once() -> None:
+    tied, untied = (model_of("llama", tie_word_embeddings=tie) for tie in (True, False))
+    assert weight_bytes(untied) - weight_bytes(tied) == 96 * 128 * 4
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    logits = probabilities.log().repeat(20000, 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(**settings: float) -> torch.Tensor:
+        return torch.bincount(sample(logits, generator=generator, **settings), minlength=4) / len(logits)
+
+    assert sample(logits[:3], 0.0, 1.0).tolist() == [0, 0, 0]
+    torch.testing.assert_close(shares(temperature=1.0, top_p=1.0), probabilities, atol=0.02, rtol=0)
+    squared = probabilities.square() / probabilities.square().sum()
+    torch.testing.assert_close(shares(temperature=0.5, top_p=1.0), squared, atol=0.02, rtol=0)
+    # 0.5 + 0.25 reach 0.7: the other two are out
+    nucleus = torch.tensor([2 / 3, 1 / 3, 0, 0])
+    torch.testing.assert_close(shares(temperature=1.0, top_p=0.7), nucleus, atol=0.02, rtol=0)
+    assert shares(temperature=1.0, top_p=0.01).tolist() == [1, 0, 0, 0]
+    with pytest.raises(ValueError, match=r"top_p: got 0, expected more than 0 and at most 1"):
+        sample(logits, 1.0, 0)
+    with pytest.raises(ValueError, match=r"temperature: got -1, expected 0 or more"):
+        sample(logits, -1, 1.0)
