@@ -10,6 +10,7 @@ from __future__ import annotations
 import marlin_gptq.modeling.hf  # noqa: F401 (registers the format)
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError, QuantizationError
+from marlin_gptq.modeling.fused import fuse_projections, split_projections
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.pipeline import quantize_model
 
@@ -22,5 +23,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationError",
     "__version__",
+    "fuse_projections",
     "quantize_model",
+    "split_projections",
 ]

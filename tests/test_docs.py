@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
 DOCUMENTS += ["docs/design.md", "docs/evaluation.md"]
-COMMANDS = ("marlin-quantize", "marlin-eval")
+COMMANDS = ("marlin-quantize", "marlin-eval", "marlin-generate")
 
 
 @pytest.fixture(scope="module")
