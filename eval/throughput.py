@@ -147,9 +147,9 @@ def time_requests(
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    """Also a host that has no more memory, and a GPU that runs out of it while a graph is recorded."""
+    """Also a host that has no more memory, and a GPU that runs out of it outside torch's own allocator."""
     said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said or "CUDA error: out of memory" in said
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 def _request(decoder: Decoder, ids: Tensor, new_tokens: int) -> tuple[float, float]:
