@@ -168,12 +168,9 @@ def memory(model: nn.Module) -> dict[str, int]:
     linears = 0
     for module in model.modules():
         if isinstance(module, MarlinLinear):
-            named = module.tensors()
+            linears += sum(buffer.nbytes for name, buffer in module.named_buffers() if name != "bias")
         elif isinstance(module, nn.Linear) and module is not head:
-            named = {"weight": module.weight}
-        else:
-            continue
-        linears += sum(tensor.nbytes for name, tensor in named.items() if name != "bias")
+            linears += module.weight.nbytes
     return {"weights": weight_bytes(model), "linears": linears}
 
 

@@ -134,9 +134,9 @@ class BlockStream:
         block = self._blocks[index]
         self._load([(self.block_name(index), block)])
         layers = [layer for layer in block.modules() if isinstance(layer, MarlinLinear)]
-        if not self._kernel_runs():
-            for layer in layers:
-                layer.hold_dense(True)
+        for layer in layers:
+            layer.prepare_for_device()
+            layer.hold_dense(not self._kernel_runs())
         aside = self._places[index]
         self._places[index] = block
         try:
@@ -145,6 +145,7 @@ class BlockStream:
             self._places[index] = aside
             for layer in layers:
                 layer.hold_dense(False)
+                layer.restore_stored_layout()
             _release(block)
             _return_free_memory()
 

@@ -98,7 +98,8 @@ class Projection(nn.Module):
             return fused.columns_of(x, self.name, self.start, self.stop, self.names)
         # Off the GPU there is nothing to gain, and alone every sum is the one of the layer that was: bit for bit.
         dense = None if fused._dense is None else fused._dense[self.start : self.stop]
-        return linear(x, self.tensors(), self.group_size, self.in_features, self.out_features, dense)
+        tensors = self.tensors()
+        return linear(x, tensors, tensors.get("bias"), self.group_size, self.in_features, self.out_features, dense)
 
     def together(self, x: Tensor) -> bool:
         """Whether the fused layer runs for this input."""
@@ -109,7 +110,7 @@ class Projection(nn.Module):
         return self.__dict__["fused"].slice(self.start, self.stop)
 
     def layer(self) -> MarlinLinear:
-        """The MarlinLinear that stood here, with tensors of its own."""
+        """The MarlinLinear that stood here, with tensors of its own in the layout of the file."""
         tensors = self.tensors()
         layer = MarlinLinear(
             self.in_features,
@@ -143,6 +144,7 @@ class Projection(nn.Module):
         own = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         layer._load_from_state_dict(state_dict, prefix, *own)
         fused: FusedLinear = self.__dict__["fused"]
+        fused.restore_stored_layout()
         whole = fused.tensors()
         for name, tensor in layer.tensors().items():
             first, last = fused.columns(whole[name], self.start, self.stop)
@@ -184,6 +186,8 @@ def split_projections(model: nn.Module) -> None:
             for name in names:
                 setattr(parent, name, getattr(parent, name).layer())
             delattr(parent, fused_name)
+            for name in names:
+                getattr(parent, name).prepare_for_device()
 
 
 def can_fuse(layers: list[Any]) -> bool:
@@ -200,8 +204,8 @@ def can_fuse(layers: list[Any]) -> bool:
         for layer in layers
     }
     whole = all(layer.out_features % TILE_N == 0 for layer in layers)
-    spread = any(layer.qweight.is_meta or getattr(layer, "_hf_hook", None) is not None for layer in layers)
-    return len(kinds) == 1 and whole and not spread
+    spread = any(getattr(layer, "_hf_hook", None) is not None for layer in layers)
+    return len(kinds) == 1 and whole and not spread and next(layers[0].buffers()).device.type != "meta"
 
 
 def _version(x: Tensor) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from marlin_gptq.formats import marlin
 from marlin_gptq.kernel import gemm, set_overlap, why_not
+from marlin_gptq.modeling import run_time
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group
 
 
@@ -25,12 +26,17 @@ class MarlinLinear(nn.Module):
     N is out_features rounded up to 64; K is in_features rounded up to 16, which only a group size of -1 can need.
     Padding has scale 0: it adds nothing to any output. Raises ValueError for a group size that does not divide
     in_features.
+
+    Where the kernel reads another layout (`run_time`), `blocks` and `column_scales` stand in place of qweight, scales
+    and qzeros, which are None then; `tensors` and the state dict give them as ever.
     """
 
     qweight: Tensor
     scales: Tensor
     qzeros: Tensor | None
     bias: Tensor | None
+    blocks: Tensor | None
+    column_scales: Tensor | None
 
     def __init__(
         self,
@@ -54,6 +60,9 @@ class MarlinLinear(nn.Module):
         zeros = None if symmetric else torch.zeros(groups, n // 8, dtype=torch.int32, device=device)
         self.register_buffer("qzeros", zeros)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
+        self.register_buffer("blocks", None, persistent=False)
+        self.register_buffer("column_scales", None, persistent=False)
+        self._blocks_are: tuple[Any, ...] = ()  # how to read them: what Blocks has after its tensors
         self._dense: Tensor | None = None
 
     @classmethod
@@ -89,23 +98,43 @@ class MarlinLinear(nn.Module):
 
         On other devices than CUDA float32 is taken as well and computed in float32.
         """
-        return linear(x, self.tensors(), self.group_size, self.in_features, self.out_features, self._dense)
+        weight = self._blocks() or self.tensors()
+        return linear(x, weight, self.bias, self.group_size, self.in_features, self.out_features, self._dense)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors this layer has on disk, by name, in the layout of the file."""
-        named = {"qweight": self.qweight, "scales": self.scales, "qzeros": self.qzeros, "bias": self.bias}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        blocks = self._blocks()
+        if blocks is None:
+            named = {"qweight": self.qweight, "scales": self.scales, "qzeros": self.qzeros}
+        else:
+            named = dict(run_time.from_blocks(blocks))
+        return {name: tensor for name, tensor in (named | {"bias": self.bias}).items() if tensor is not None}
 
     def prepare_for_device(self) -> None:
-        """Called when the weights are there, on the device that is to run them, and after every move to another one.
+        """Called when the weights are there, on the device that is to run them.
 
-        The place for a run-time layout: whatever it puts in place of the buffers, `tensors` gives the layout of the
-        file back. At present the Marlin layout runs as it is. On a GPU with the kernel all writing is waited for, and
-        kernels may from then on read weights ahead of the work in front of them (`marlin_gptq.kernel.set_overlap`).
+        Brings them into the layout of that device. On a GPU with the kernel all writing is waited for, and kernels
+        may from then on read weights ahead of the work in front of them (`marlin_gptq.kernel.set_overlap`).
         """
-        if self.qweight.is_cuda and not why_not(self.qweight.device.index):
-            torch.cuda.synchronize(self.qweight.device)
+        held = self.blocks if self.blocks is not None else self.qweight
+        if self.blocks is None and run_time.wanted(held.device):
+            blocks = run_time.to_blocks(self.tensors(), self.group_size)
+            self.blocks, self.column_scales, *rest = blocks
+            self._blocks_are = tuple(rest)
+            self.qweight = self.scales = self.qzeros = None  # type: ignore[assignment]  # see the docstring
+        if held.is_cuda and not why_not(held.device.index):
+            torch.cuda.synchronize(held.device)
             set_overlap(True)
+
+    def restore_stored_layout(self) -> None:
+        """Undo the layout of `prepare_for_device`: the buffers are those of the file."""
+        if self.blocks is None:
+            return
+        tensors = self.tensors()
+        self.blocks = self.column_scales = None
+        self._blocks_are = ()
+        for name in ("qweight", "scales", "qzeros"):
+            setattr(self, name, tensors.get(name))
 
     def extra_repr(self) -> str:
         return (
@@ -114,11 +143,25 @@ class MarlinLinear(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> MarlinLinear:
+        self.restore_stored_layout()  # casts reach the scales, other devices get what they read
         super()._apply(fn, recurse)  # .to(device), .cuda(), …
         if self._dense is not None:
             self.hold_dense(True)
         self.prepare_for_device()
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination.update({f"{prefix}{name}": tensor for name, tensor in self.tensors().items()})
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        prepared = self.blocks is not None
+        self.restore_stored_layout()
+        super()._load_from_state_dict(*arguments)
+        if prepared:
+            self.prepare_for_device()
+
+    def _blocks(self) -> run_time.Blocks | None:
+        return None if self.blocks is None else run_time.Blocks(self.blocks, self.column_scales, *self._blocks_are)
 
 
 def prepare_for_device(model: nn.Module) -> None:
@@ -130,31 +173,38 @@ def prepare_for_device(model: nn.Module) -> None:
 
 def linear(
     x: Tensor,
-    tensors: dict[str, Tensor],
+    weight: dict[str, Tensor] | run_time.Blocks,
+    bias: Tensor | None,
     group_size: int,
     in_features: int,
     out_features: int,
     dense: Tensor | None = None,
 ) -> Tensor:
-    """x [..., in_features] times the weight that `tensors` (MarlinLinear.tensors) hold → [..., out_features].
+    """x [..., in_features] times a weight → [..., out_features].
 
+    weight: tensors in the layout of the file (MarlinLinear.tensors), or blocks. bias: [out_features] or None.
     dense: the same weight, float32 [out_features, in_features], where it was kept.
     """
     rows = x.reshape(-1, in_features)
-    scales, bias = tensors["scales"], tensors.get("bias")
     if dense is not None or (x.dtype == torch.float32 and not x.is_cuda):
-        weight = dequantize(tensors)[:out_features, :in_features] if dense is None else dense
-        y = F.linear(rows.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+        if dense is None:
+            tensors = run_time.from_blocks(weight) if isinstance(weight, run_time.Blocks) else weight
+            dense = dequantize(tensors)[:out_features, :in_features]
+        y = F.linear(rows.float(), dense, None if bias is None else bias.float()).to(x.dtype)
         return y.reshape(*x.shape[:-1], out_features)
     k, n = padded_features(in_features, out_features)
     if k != in_features:
         rows = F.pad(rows, (0, k - in_features))
     if bias is not None and n != out_features:
         bias = F.pad(bias, (0, n - out_features))
-    zeros = {"qzeros": tensors["qzeros"]} if "qzeros" in tensors else {}
-    # One group is stored per column, whatever it is called.
-    per_column = scales.shape[0] == 1
-    y = gemm(rows.contiguous(), tensors["qweight"], scales, bias, -1 if per_column else group_size, **zeros)
+    rows = rows.contiguous()
+    if isinstance(weight, run_time.Blocks):
+        y = run_time.gemm(rows, weight, bias)
+    else:
+        scales = weight["scales"]
+        zeros = {"qzeros": weight["qzeros"]} if "qzeros" in weight else {}
+        # One group is stored per column, whatever it is called.
+        y = gemm(rows, weight["qweight"], scales, bias, -1 if scales.shape[0] == 1 else group_size, **zeros)
     return y[:, :out_features].reshape(*x.shape[:-1], out_features)
 
 
