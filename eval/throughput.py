@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from marlin_gptq.errors import InputError
 from marlin_gptq.modeling.decoding import Decoder, weight_bytes, why_not
@@ -111,6 +112,9 @@ def _measure_one(
         decoder = Decoder(model, request.batch, request.length, **MODES[mode])
         return time_requests(decoder, request, mode, repeats=repeats, seed=seed, progress=progress)
     except RuntimeError as error:
+        if isinstance(error, TorchDynamoException) and not _out_of_memory(error):
+            said = str(error).strip().split("\n")[0]
+            return Speed(mode, request.batch, error=f"torch.compile failed: {said}")
         if not _out_of_memory(error):
             raise
     except MemoryError:

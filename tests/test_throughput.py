@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from helpers import save_tiny_model
 from safetensors.torch import load_file
+from torch._dynamo.exc import TorchDynamoException
 
 from marlin_gptq import InputError, MarlinLinear, QuantizationConfig, quantize_model
 from marlin_gptq.cli.evaluate import main
@@ -114,6 +115,12 @@ def test_what_does_not_fit_leaves_the_rest(base: Path, monkeypatch: pytest.Monke
     assert [row["error"] for row in json.loads(result.stdout)["rows"]] == ["", "out of memory at batch 2"]
     assert f"{base}, eager: out of memory at batch 2" in run(base).stdout
     assert "nothing was measured: out of memory at batch 2" in refused(base, "--batch", 2)
+
+    def uncompiled(self: Decoder, ids: torch.Tensor) -> torch.Tensor:
+        raise TorchDynamoException("no compiler\nat great length")
+
+    monkeypatch.setattr(Decoder, "prefill", uncompiled)
+    assert [s.error for s in measure(model, [Request(1, 4, 3)], ["compile"])] == ["torch.compile failed: no compiler"]
 
     def broken(self: Decoder, ids: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("something else")

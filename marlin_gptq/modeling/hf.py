@@ -61,6 +61,8 @@ class MarlinGPTQQuantizer(HfQuantizer):
         if self.quantization_config.fuse:
             fuse_projections(model)
         prepare_for_device(model)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what the separate projections took
         return model
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
