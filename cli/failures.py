@@ -73,8 +73,8 @@ def _of_user(error: Exception) -> str | None:
     if _is_out_of_memory(error):
         where = "GPU" if "CUDA" in str(error) else "host"
         return (
-            f"out of {where} memory ({str(error).split('. ')[0]}); use a smaller --seq-len, --batch-size or "
-            "--n-samples, or another --device"
+            f"out of {where} memory ({str(error).split('. ')[0]}); use a smaller --seq-len, --batch-size, "
+            "--n-samples or --max-new-tokens, whichever the command has, or another --device"
         )
     if isinstance(error, OSError):
         if error.errno in DISK_FULL:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from marlin_gptq.kernel import set_overlap
+
 ROOT = Path(__file__).resolve().parents[1]
 # The larger checkpoints and texts lie beside the checkout (or, where a machine was sent a copy, inside it).
 SHARED_DATA = [ROOT.parent / "shared" / "data", ROOT / "shared" / "data"]
@@ -47,6 +49,13 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _overlap() -> Iterator[None]:
+    """Loading a model on a GPU lets kernels overlap; the next test begins without."""
+    yield
+    set_overlap(False)
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,9 @@ def test_limits_are_named() -> None:
         decoder.step()
     with pytest.raises(ValueError, match="CUDA graphs need a GPU, the model is on cpu"):
         Decoder(model, 1, 4, graphs=True)
+    scaled = model_of("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    assert "rotary embedding (rope_type dynamic) asks the host" in why_not(scaled, 4, graphs=False, compiled=True)
+    assert why_not(scaled, 4, graphs=False, compiled=False) == why_not(model, 4, graphs=False, compiled=True) == ""
     with pytest.raises(ValueError, match="attention window is shorter than 20 tokens"):
         Decoder(model_of("mistral", sliding_window=16), 1, 20, compiled=True)
 

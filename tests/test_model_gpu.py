@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +15,13 @@ from marlin_gptq import InputError, MarlinLinear, QuantizationConfig, quantize_m
 from marlin_gptq.eval.perplexity import evaluate_perplexity
 from marlin_gptq.eval.throughput import Request, measure
 from marlin_gptq.formats import marlin
-from marlin_gptq.kernel import set_overlap
+from marlin_gptq.modeling import run_time
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.decoding import Decoder
 from marlin_gptq.modeling.fused import split_projections
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def _overlap() -> Iterator[None]:
-    """Loading a model lets kernels overlap; other tests begin without."""
-    yield
-    set_overlap(False)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -130,6 +122,19 @@ def test_fused_projections_agree_with_separate_ones(tmp_path: Path) -> None:
     late = AutoModelForCausalLM.from_pretrained(output).to("cuda")  # moved once loaded
     ids = torch.randint(3, 96, (2, 9), device=GPU)
     assert torch.equal(late(ids).logits, fused(ids).logits)
+
+
+def test_weights_lie_as_this_gpu_reads_them(tmp_path: Path) -> None:
+    output = quantized(tmp_path, CPU, attention_bias=True)
+    model = AutoModelForCausalLM.from_pretrained(output, device_map="cuda")
+    layers = [module for module in model.modules() if isinstance(module, MarlinLinear)]
+    in_blocks = run_time.wanted(torch.device("cuda", 0))
+    assert len(layers) == 8 and all((layer.blocks is not None) is in_blocks for layer in layers)
+    stored, state = load_file(output / "model.safetensors"), model.state_dict()
+    assert all(torch.equal(state[name].cpu(), tensor) for name, tensor in stored.items())
+    back = model.to("cpu")
+    assert all(layer.blocks is None for layer in layers)
+    assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in stored.items())
 
 
 @pytest.mark.parametrize("quantize", [True, False])

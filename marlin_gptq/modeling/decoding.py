@@ -25,8 +25,8 @@ class Decoder:
     compiled   run the step through torch.compile, which merges the small kernels between the linears. The first step
                then takes a minute.
 
-    Without either the cache is the growing one that `generate` uses; with one of them it has a fixed size, and the
-    model's attention window, if there is one, must hold `length`.
+    Without either the cache is the growing one that `generate` uses; with one of them it has a fixed size. Not every
+    model can run so (`why_not`).
 
     `prefill` starts a batch, `step` appends one token to every sequence. `tokens` int64 [B] is what the next step
     takes: the most likely ones, unless something else is written into it. ValueError for a mode that `why_not` refuses.
@@ -127,11 +127,20 @@ def why_not(model: Any, length: int, *, graphs: bool, compiled: bool) -> str:
     device = next(model.parameters()).device
     if graphs and device.type != "cuda":
         return f"CUDA graphs need a GPU, the model is on {device.type}"
+    if (graphs or compiled) and (kinds := _rope_types(model.config) & {"dynamic", "longrope"}):
+        return f"the model's rotary embedding (rope_type {min(kinds)}) asks the host for the length at every step"
     if (graphs or compiled) and any(static_cache(model.config, length).is_sliding):
         return (
             f"the model's attention window is shorter than {length} tokens: its cache slides, a recorded step does not"
         )
     return ""
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary embedding a config names, for all layers or for each type of layer."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    return {str(one["rope_type"]) for one in (settings, *nested) if "rope_type" in one}
 
 
 def weight_bytes(model: nn.Module) -> int:
