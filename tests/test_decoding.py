@@ -9,7 +9,8 @@ import torch
 from helpers import tiny_config
 from transformers import AutoModelForCausalLM
 
-from marlin_gptq.modeling.decoding import Decoder, static_cache, weight_bytes, why_not
+from marlin_gptq.modeling.decoding import Decoder, weight_bytes, why_not
+from marlin_gptq.modeling.fixed_cache import FixedLayer, fixed_cache
 from marlin_gptq.modeling.sampling import sample
 
 
@@ -44,11 +45,25 @@ def test_tokens_are_those_of_generate(architecture: str, changes: dict, fixed: b
     if fixed:  # the cache of fixed size, as graphs use it, but without them
         decoders.append(Decoder(model, 2, 30))
         decoders[-1]._static = True
-        decoders[-1]._cache = static_cache(model.config, 30)
+        decoders[-1]._cache = fixed_cache(model.config, 30, model.device)
     for decoder in decoders:
         for _ in range(2):  # a second batch finds no trace of the first
             assert torch.equal(decoded(decoder, ids, 10), expected)
     assert bool(why_not(model, 30, graphs=False, compiled=True)) is not fixed
+
+
+def test_layers_share_one_position() -> None:
+    model = model_of("llama")
+    cache = fixed_cache(model.config, 30, model.device)
+    assert all(type(layer) is FixedLayer for layer in cache.layers)
+    with torch.no_grad():
+        model(torch.randint(3, 90, (2, 7)), past_key_values=cache, use_cache=True)
+        model(torch.randint(3, 90, (2, 1)), past_key_values=cache, use_cache=True)
+    assert len({layer.cumulative_length.data_ptr() for layer in cache.layers}) == 1
+    assert int(cache.get_seq_length()) == 8
+    assert all(layer.keys[:, :, :8].any(-1).all() and not layer.keys[:, :, 8:].any() for layer in cache.layers)
+    cache.reset()
+    assert int(cache.get_seq_length()) == 0
 
 
 def test_a_compiled_step_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,9 @@ class Decoder:
     def _new_cache(self) -> Any:
         from transformers import DynamicCache
 
-        return static_cache(self.model.config, self.length) if self._static else DynamicCache(config=self.model.config)
+        if not self._static:
+            return DynamicCache(config=self.model.config)
+        return _fixed_cache(self.model.config, self.length, self.device)
 
     def _next(self, tokens: Tensor, cache: Any) -> Tensor:
         return self.model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
@@ -109,19 +111,6 @@ class Decoder:
         self._graph = graph
 
 
-def static_cache(config: Any, length: int) -> Any:
-    """transformers' StaticCache for `length` tokens. A window that `length` does not exceed never slides: those layers
-    become plain ones, which keep their position on the device and can be recorded."""
-    from transformers import StaticCache
-    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
-
-    cache = StaticCache(config=config, max_cache_len=length)
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is StaticSlidingWindowLayer and layer.max_cache_len >= length:
-            cache.layers[index] = StaticLayer(max_cache_len=length)
-    return cache
-
-
 def why_not(model: Any, length: int, *, graphs: bool, compiled: bool) -> str:
     """Why decoding `length` tokens cannot run so; empty if it can."""
     device = next(model.parameters()).device
@@ -129,11 +118,17 @@ def why_not(model: Any, length: int, *, graphs: bool, compiled: bool) -> str:
         return f"CUDA graphs need a GPU, the model is on {device.type}"
     if (graphs or compiled) and (kinds := _rope_types(model.config) & {"dynamic", "longrope"}):
         return f"the model's rotary embedding (rope_type {min(kinds)}) asks the host for the length at every step"
-    if (graphs or compiled) and any(static_cache(model.config, length).is_sliding):
+    if (graphs or compiled) and any(_fixed_cache(model.config, length, device).is_sliding):
         return (
             f"the model's attention window is shorter than {length} tokens: its cache slides, a recorded step does not"
         )
     return ""
+
+
+def _fixed_cache(config: Any, length: int, device: torch.device) -> Any:
+    from marlin_gptq.modeling.fixed_cache import fixed_cache  # imports much of transformers
+
+    return fixed_cache(config, length, device)
 
 
 def _rope_types(config: Any) -> set[str]:
