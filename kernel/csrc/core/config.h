@@ -31,14 +31,17 @@ struct Config {
     static constexpr bool kGrouped = kGroupedArg;
     static constexpr int kCtasPerSm = kCtasPerSmArg;
 
-    // One stage of the ring: weights, then activations, then scales.
+    // One stage of the ring: weights, activations, scales, zero points.
     static constexpr int kWeightBytes = kTileN * kTileK / 2;
     static constexpr int kActivationBytes = kTileM * kTileK * 2;
     static constexpr int kScaleRows = kGrouped ? kTileK / kMinGroupSize : 0;
     static constexpr int kScaleRowBytes = kTileN * 2;
+    static constexpr int kZeroRows = kGrouped ? kScaleRows : 1;
+    static constexpr int kZeroRowBytes = kTileN / 2;
     static constexpr int kActivationOffset = kWeightBytes;
     static constexpr int kScaleOffset = kWeightBytes + kActivationBytes;
-    static constexpr int kStageBytes = kScaleOffset + kScaleRows * kScaleRowBytes;
+    static constexpr int kZeroOffset = kScaleOffset + kScaleRows * kScaleRowBytes;
+    static constexpr int kStageBytes = kZeroOffset + kZeroRows * kZeroRowBytes;
 
     // Behind the ring, so that prefetching goes on during a reduction: FP32 partials of 8 tokens x 128 channels from
     // each of the k-warps. Rows are padded by 4 floats, which makes both the fragment writes and the row reads free of
