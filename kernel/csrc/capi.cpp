@@ -113,7 +113,6 @@ int run(const Problem& problem, const Call& call) {
     params.asymmetric = call.asymmetric;
     params.ring_slots = plan.stages;
     params.shared_bytes = static_cast<int>(plan.shared_bytes);
-    params.workers = plan.grid;
     params.overlap = (call.flags & MARLIN_GPTQ_OVERLAP) != 0;
     params.units_each = static_cast<int>(plan.units / plan.grid);
     params.units_rest = static_cast<int>(plan.units % plan.grid);

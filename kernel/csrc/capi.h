@@ -22,7 +22,7 @@ enum {
     MARLIN_GPTQ_BAD_STRIDE = -5,
     MARLIN_GPTQ_BAD_GRID = -6,
     MARLIN_GPTQ_OLD_DEVICE = -7,
-    MARLIN_GPTQ_NO_BLOCKS = -8,
+    MARLIN_GPTQ_NO_BLOCKS = -10,
 };
 
 /* dtype: 0 float16, 1 bfloat16. */

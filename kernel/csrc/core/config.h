@@ -15,7 +15,7 @@ constexpr int kTileN = 128;        // output channels of a tile
 constexpr int kTileK = 128;        // k of a stage (one unit of work)
 constexpr int kMaxTileM = 32;      // tokens of the largest tile: sizes the workspace (a wider tile: fewer blocks)
 constexpr int kMaxCtasPerSm = 2;   // of any variant: sizes the workspace
-constexpr int kTicketsPerBlock = 8;  // of the workspace: one per computing warp
+constexpr int kTicketsPerBlock = 16;  // of the workspace: one per computing warp
 constexpr int kMinGroupSize = 32;  // so that the 32 k of a warp never straddle two groups
 
 constexpr size_t kMaxSharedBytes = 99 * 1024;  // what one block may use on sm_86, 89 and 120

@@ -61,8 +61,6 @@ MARLIN_GPTQ_HD constexpr int block_bytes(int scale_rows, int zero_rows) {
     return kBlockCodeBytes + scale_rows * kBlockScaleRowBytes + zero_rows * kBlockZeroRowBytes;
 }
 MARLIN_GPTQ_HD constexpr int block_part_bytes(int step, int tile) { return 512 * (8 * (step >> 2) + tile); }
-// Where the 64 channels of a warp begin, in 128 channels of either layout.
-MARLIN_GPTQ_HD constexpr int unit_bytes(bool marlin, int warp_n) { return warp_n * (marlin ? 512 : 4 * 512); }
 
 // ---- shared memory: activations, one row of 16 chunks of 16 bytes per token ----
 // Chunk c of row r lies at c ^ (r mod 8): the 8 rows of an ldmatrix and the 8 chunks of a cp.async quarter-warp each

@@ -26,10 +26,9 @@ struct GemmParams {
     int asymmetric;           // there are zero points
     int ring_slots;           // sm90/decode.cuh: depth of the ring
     int shared_bytes;         // sm90/decode.cuh: of a block
-    int workers;              // sm90/decode.cuh: how many of the grid's blocks have work
     int block_bytes;          // sm90/decode.cuh: of a block of weights
     int overlap;              // sm90/decode.cuh: weights and scales may be read before the previous grid has ended
-    int units_each, units_rest;  // sm90/decode.cuh: units == units_each * workers + units_rest
+    int units_each, units_rest;  // sm90/decode.cuh: units == units_each * grid + units_rest
 };
 
 }  // namespace marlin_gptq

@@ -11,23 +11,21 @@ struct Row {
     int64_t max_m;
     int64_t min_units;  // of the whole problem, for each SM; decode only
     Family family;
-    int tile_m, warps_k, slots;
-    bool shares_sm;  // with a block of the next grid; decode only
+    int tile_m, slots;
     const char* reason;
 };
 
 // The first row whose max_m is not below m, among those that the device and the size of the problem allow. Measured on one
 // H200, group size 128, weights from memory.
 constexpr Row kRows[] = {
-    {8, 64, Family::decode, 8, 4, 12, false, "at most 8 tokens, long streams: 96 KB of weights on their way (12 slots 63 us, 8 slots 66)"},
-    {8, 0, Family::decode, 8, 4, 8, true, "at most 8 tokens, short streams: 64 KB, since a longer queue delays some blocks (12.7 us, 13.1)"},
-    {16, 64, Family::decode, 16, 8, 16, false, "at most 16 tokens, long streams: 16 warps (71 us; with 8 warps 78)"},
-    {16, 0, Family::decode, 16, 4, 8, true, "at most 16 tokens, short streams: 8 warps add up sooner (15.3 us; with 16 warps 16.9)"},
-    {16, 0, Family::decode, 16, 4, 8, false, "at most 16 tokens, groups of 32 and 64: their slots leave no room for a second block"},
-    {32, 0, Family::decode, 32, 4, 8, false, "at most 32 tokens: tiles of 128 channels (10.1 us for the smallest layer, 12.2 with 256)"},
-    {8, 0, Family::ring, 8, kWarpsK, 0, false, "at most 8 tokens: one mma per packed word, none of its columns idle"},
-    {16, 0, Family::ring, 16, kWarpsK, 0, false, "at most 16 tokens: weights are read once, two mma per packed word"},
-    {INT64_MAX, 0, Family::ring, 32, kWarpsK, 0, false, "more than 16 tokens: tiles of 32, weights of a column re-read from L2"},
+    {8, 64, Family::decode, 8, 12, "at most 8 tokens, long streams: 96 KB of weights on their way"},
+    {8, 0, Family::decode, 8, 8, "at most 8 tokens, short streams: 64 KB, since a longer queue delays some blocks"},
+    {16, 64, Family::decode, 16, 12, "at most 16 tokens, long streams"},
+    {16, 0, Family::decode, 16, 8, "at most 16 tokens, short streams"},
+    {32, 0, Family::decode, 32, 8, "at most 32 tokens: as deep a ring as shared memory holds"},
+    {8, 0, Family::ring, 8, 0, "at most 8 tokens: one mma per packed word, none of its columns idle"},
+    {16, 0, Family::ring, 16, 0, "at most 16 tokens: weights are read once, two mma per packed word"},
+    {INT64_MAX, 0, Family::ring, 32, 0, "more than 16 tokens: tiles of 32, weights of a column re-read from L2"},
 };
 
 struct Shape {
@@ -45,17 +43,17 @@ constexpr Shape kShapes[] = {
 };
 
 struct DecodeShape {
-    int tile_m, tile_n;
+    int tile_m;
     sm90::Groups groups;
     sm90::Source source;
-    int warps_k, threads, ctas_per_sm;
+    int tile_n, warps_k, threads;
     size_t slot_bytes, tail_bytes;
 };
 
 template <class Cfg>
 constexpr DecodeShape decode_shape() {
-    return {Cfg::kTileM,   Cfg::kTileN,     Cfg::kGroups,    Cfg::kSource,   Cfg::kWarpsK,
-            Cfg::kThreads, Cfg::kCtasPerSm, Cfg::kSlotBytes, Cfg::kTailBytes};
+    return {Cfg::kTileM,  Cfg::kGroups,  Cfg::kSource,    Cfg::kTileN,
+            Cfg::kWarpsK, Cfg::kThreads, Cfg::kSlotBytes, Cfg::kTailBytes};
 }
 
 constexpr DecodeShape kDecodeShapes[] = {
@@ -79,12 +77,9 @@ bool plan_decode(const Problem& problem, const DeviceShape& device, const Row& r
     // Measured on 9.0 alone; newer GPUs with tensor maps may follow once somebody has run it there.
     if (device.compute_capability != 90 || units < row.min_units * device.sms || units > INT32_MAX) return false;
     for (const DecodeShape& shape : kDecodeShapes) {
-        if (shape.tile_m != row.tile_m || shape.warps_k != row.warps_k || shape.groups != groups_of(problem) ||
-            shape.source != problem.source)
-            continue;
+        if (shape.tile_m != row.tile_m || shape.groups != groups_of(problem) || shape.source != problem.source) continue;
         // Every row of warps along k has as many slots, two at least: one fills while the other is computed.
-        const int64_t room = device.shared_bytes_per_sm / (row.shares_sm ? 2 : 1) - kSystemBytes;
-        const int64_t ring = room - static_cast<int64_t>(shape.tail_bytes);
+        const int64_t ring = device.shared_bytes_per_sm - kSystemBytes - static_cast<int64_t>(shape.tail_bytes);
         const int64_t fitting = ring / static_cast<int64_t>(shape.slot_bytes) / shape.warps_k * shape.warps_k;
         plan->stages = static_cast<int>(std::min<int64_t>(fitting, row.slots));
         if (plan->stages < 2 * shape.warps_k) return false;
@@ -94,12 +89,6 @@ bool plan_decode(const Problem& problem, const DeviceShape& device, const Row& r
         plan->ctas_per_sm = 1;
         plan->threads = shape.threads;
         plan->shared_bytes = plan->stages * shape.slot_bytes + shape.tail_bytes;
-        // A grid that starts while the last one ends must not put two of its own blocks on one SM. Either a block takes
-        // more than half of an SM, or the grid has a block for every SM, so that every SM has room for just one more.
-        if (row.shares_sm)
-            plan->least_blocks = device.sms;
-        else
-            plan->shared_bytes = std::max<size_t>(plan->shared_bytes, static_cast<size_t>(device.shared_bytes_per_sm) / 2);
         return true;
     }
     return false;
@@ -149,7 +138,7 @@ Plan choose_config(const Problem& problem, const DeviceShape& device) {
         if (n_tiles * splits <= plan.grid && n_tiles * splits * 100 >= int64_t{plan.grid} * kAlignedPercent && splits <= k_tiles)
             plan.grid = static_cast<int>(n_tiles * splits);
     }
-    plan.partial_bytes = size_t{16} * plan.threads * (plan.tile_m / 8);  // 16 bytes a thread for every 8 tokens
+    plan.partial_bytes = size_t{4} * plan.tile_m * plan.tile_n;
     return plan;
 }
 

@@ -38,8 +38,7 @@ struct Plan {
     int n_tiles = 0;
     int k_tiles = 0;
     int64_t units = 0;
-    int grid = 0;          // blocks that have work
-    int least_blocks = 0;  // to launch, with or without work
+    int grid = 0;
     size_t shared_bytes = 0;
     size_t partial_bytes = 0;  // of a tile in the workspace
     const char* reason = nullptr;

@@ -1,7 +1,5 @@
 #include "dispatch/launch.h"
 
-#include <algorithm>
-
 #include "dispatch/variants.h"
 #include "sm80/launch.h"
 #include "sm90/launch.h"
@@ -26,14 +24,14 @@ const Variant kVariants[] = {
 struct DecodeVariant {
     DType dtype;
     sm90::Source source;
-    int tile_m, threads;
+    int tile_m;
     sm90::Groups groups;
     cudaError_t (*launch)(const GemmParams&, const sm90::Maps&, int, int, cudaStream_t);
 };
 
 template <class Cfg>
 constexpr DecodeVariant decode_variant() {
-    return {Cfg::kDtype, Cfg::kSource, Cfg::kTileM, Cfg::kThreads, Cfg::kGroups, &sm90::launch_decode<Cfg>};
+    return {Cfg::kDtype, Cfg::kSource, Cfg::kTileM, Cfg::kGroups, &sm90::launch_decode<Cfg>};
 }
 
 const DecodeVariant kDecodeVariants[] = {
@@ -47,8 +45,8 @@ cudaError_t launch_decode(DType dtype, const Plan& plan, const GemmParams& param
     if (const cudaError_t error = sm90::make_maps(params, plan.source, plan.tile_m, &maps)) return error;
     for (const DecodeVariant& variant : kDecodeVariants) {
         if (variant.dtype == dtype && variant.source == plan.source && variant.tile_m == plan.tile_m &&
-            variant.threads == plan.threads && variant.groups == plan.groups)
-            return variant.launch(params, maps, std::max(plan.grid, plan.least_blocks), device, stream);
+            variant.groups == plan.groups)
+            return variant.launch(params, maps, plan.grid, device, stream);
     }
     return cudaErrorInvalidDeviceFunction;
 }

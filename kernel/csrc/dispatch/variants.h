@@ -12,19 +12,17 @@
     X(dtype, 32, 4, true, 1)        \
     X(dtype, 32, 4, false, 2)
 
-//                                tokens per tile, rows of warps along k, scales, blocks per SM (of two grids)
+//                                tokens per tile, scales
 #define MARLIN_GPTQ_DECODE_TILES(X, dtype, source) \
-    X(dtype, source, 8, 4, unit, 2)                \
-    X(dtype, source, 8, 4, part, 2)                \
-    X(dtype, source, 8, 4, column, 2)              \
-    X(dtype, source, 16, 4, unit, 2)               \
-    X(dtype, source, 16, 4, part, 1)               \
-    X(dtype, source, 16, 4, column, 2)             \
-    X(dtype, source, 16, 8, unit, 1)               \
-    X(dtype, source, 16, 8, column, 1)             \
-    X(dtype, source, 32, 4, unit, 1)               \
-    X(dtype, source, 32, 4, part, 1)               \
-    X(dtype, source, 32, 4, column, 1)
+    X(dtype, source, 8, unit)                      \
+    X(dtype, source, 8, part)                      \
+    X(dtype, source, 8, column)                    \
+    X(dtype, source, 16, unit)                     \
+    X(dtype, source, 16, part)                     \
+    X(dtype, source, 16, column)                   \
+    X(dtype, source, 32, unit)                     \
+    X(dtype, source, 32, part)                     \
+    X(dtype, source, 32, column)
 
 // Both layouts of weights (Source in sm90/config.h) have the same tiles.
 #define MARLIN_GPTQ_DECODE_SOURCES(X, dtype)   \
@@ -32,8 +30,8 @@
     MARLIN_GPTQ_DECODE_TILES(X, dtype, blocks)
 
 // What a row of the table names, for a file within the namespace marlin_gptq.
-#define MARLIN_GPTQ_DECODE_CONFIG(dtype, source, tile_m, warps_k, groups, ctas) \
-    sm90::DecodeConfig<DType::dtype, sm90::Source::source, tile_m, warps_k, sm90::Groups::groups, ctas>
+#define MARLIN_GPTQ_DECODE_CONFIG(dtype, source, tile_m, groups) \
+    sm90::DecodeConfig<DType::dtype, sm90::Source::source, tile_m, sm90::Groups::groups>
 
 #define MARLIN_GPTQ_VARIANTS(X) \
     MARLIN_GPTQ_TILES(X, f16)   \

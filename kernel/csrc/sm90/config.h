@@ -19,20 +19,20 @@ constexpr int kMaxSlots = 24;
 constexpr int kBoxN = 128;  // channels of one copy of weights: 256 words, as many as a copy takes
 constexpr int kBoxK = 64;   // k of one copy of activations: the 128 bytes that are swizzled together
 
-// `m_tile`: tokens; `warps_k` rows of two warps side by side, each with 64 channels, share out the units;
-// `ctas_per_sm`: 2 where a block leaves room for one of the next grid.
-template <DType kDtypeArg, Source kSourceArg, int kTileMArg, int kWarpsKArg, Groups kGroupsArg, int kCtasPerSmArg>
+// Four warps side by side along n, each with 32 channels, and four rows of them along k that share out the units: 16 warps
+// hide from each other what each of them waits for.
+template <DType kDtypeArg, Source kSourceArg, int kTileMArg, Groups kGroupsArg>
 struct DecodeConfig {
     static constexpr DType kDtype = kDtypeArg;
     static constexpr Source kSource = kSourceArg;
     static constexpr int kTileM = kTileMArg;
-    static constexpr int kWarpsN = 2;
-    static constexpr int kWarpsK = kWarpsKArg;
+    static constexpr Groups kGroups = kGroupsArg;
+    static constexpr int kWarpsN = 4;
+    static constexpr int kWarpsK = 4;
     static constexpr int kWarps = kWarpsN * kWarpsK;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kTileN = kBoxN;
-    static constexpr Groups kGroups = kGroupsArg;
-    static constexpr int kCtasPerSm = kCtasPerSmArg;
+    static constexpr int kWarpTiles = kTileN / kWarpsN / 16;  // of 16 channels
 
     // One slot of the ring holds one unit. All activations come first, as boxes of kTileM rows (their swizzling wants
     // multiples of 1024 bytes), then all weights: codes, scales, zero points.
@@ -46,14 +46,13 @@ struct DecodeConfig {
     static constexpr int kWeightBytes = layout::block_bytes(kScaleRows, kZeroRows);
     static constexpr int kSlotBytes = kActivationBytes + kWeightBytes;
 
-    // Behind the ring: FP32 partials of 8 tokens from up to kPartials of the k-warps (others add to theirs), and the
-    // barriers. Rows are padded by 4 floats against bank conflicts. Two partials where two blocks must share an SM.
+    // Behind the ring: FP32 partials of a tile from each of the k-warps, and the barriers. Rows are padded by 4 floats
+    // against bank conflicts.
     static constexpr int kReduceRow = kTileN + 4;
-    static constexpr int kPartials = kTileM == 16 && kCtasPerSm == 2 ? 2 : 4;
-    static constexpr int kReduceBytes = kPartials * 8 * kReduceRow * 4;
+    static constexpr int kReduceBytes = kWarpsK * kTileM * kReduceRow * 4;
     static constexpr int kTailBytes = kReduceBytes + kMaxSlots * 16;
 
-    static_assert(kTileM % 8 == 0 && kWarpsK % kPartials == 0);
+    static_assert(kTileM % 8 == 0 && kWarps <= kTicketsPerBlock);
     static_assert(kActivationBytes % 1024 == 0 && kWeightBytes % 128 == 0);
 };
 

@@ -1,10 +1,11 @@
 // C[m, n] = A[m, k] W[k, n] with 4-bit W for few tokens (m <= kTileM): mma.sync fed by the copy engine, for sm_90.
 //
-// The unit of work is 128 k x kTileN channels: kWarpsN warps side by side, each 64 channels, and kWarpsK such rows of
-// warps take turns with the units. A ring of slots holds one unit each; the copy engine fills them, and two mbarriers a slot hand it over and back, so that no barrier of the whole block
-// is in the loop. Weights and scales are constant: the first slots fill before the previous grid has ended. Operands are
-// swapped and scaled as in sm80/gemm.cuh: one packed word is one lane's fragment, q - 8 is exact, and the products of a
-// group are scaled in FP32 as they join the totals.
+// The unit of work is 128 k x 128 channels: four warps side by side, each with 32 channels, and four such rows of warps
+// take turns with the units. A ring of slots holds one unit each; the copy engine fills them, and two mbarriers a slot
+// hand it over and back, so that no barrier of the whole block is in the loop. Weights, scales and zero points are
+// constant: the first slots fill before the previous grid has ended. Operands are swapped and scaled as in sm80/gemm.cuh:
+// one packed word is one lane's fragment, q - 8 is exact, and the products of a group are scaled in FP32 as they join the
+// totals.
 //
 // Blocks walk their share of the unit stream (core/scheduler.cuh). Where a tile is shared, the last of its blocks adds
 // the parts in the order of the blocks; each warp does so for its own piece of the tile, with a ticket of its own.
@@ -72,7 +73,8 @@ __device__ __forceinline__ void compute(const GemmParams& p, const Shares& share
         refill();
         Sums<Cfg> sums;
         reduce_warps<Cfg>(buffer, p.m, acc, sums);
-        if (Piece<Cfg>::any(p.m)) {
+        if (until < count) __syncthreads();  // the buffer has been read, before the next tile's totals come
+        if (Piece<Cfg>::valid(0, p.m)) {
             bool last = true;
             if (shared_tile) last = reduce_blocks<Cfg>(p, first_block, last_block, sums);
             if (last) store<Cfg>(p, n_tile * Cfg::kTileN, sums);
@@ -84,16 +86,11 @@ __device__ __forceinline__ void compute(const GemmParams& p, const Shares& share
 }
 
 template <class Cfg>
-__global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
     decode_kernel(const __grid_constant__ GemmParams p, const __grid_constant__ Maps maps) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ == 900
     extern __shared__ __align__(1024) char shared[];
     ptx::let_next_grid_start();
-    // A grid has a block for every SM, also those that have no work: blocks of the next grid then spread evenly, too.
-    if (blockIdx.x >= p.workers) {
-        ptx::wait_for_previous_grid();
-        return;
-    }
     const Ring<Cfg> ring(ptx::shared_address(shared), p.ring_slots);
     auto* buffer = reinterpret_cast<float*>(shared + p.ring_slots * Cfg::kSlotBytes);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -102,7 +99,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, Cfg::kCtasPerSm)
         if (warp == Cfg::kWarps - 2) ptx::prefetch_map(&maps.activations);
         ring.init();
     }
-    const Shares shares{static_cast<int>(p.units), p.workers, p.units_each, p.units_rest};
+    const Shares shares{static_cast<int>(p.units), static_cast<int>(gridDim.x), p.units_each, p.units_rest};
     const int begin = shares.first(blockIdx.x);
     const int count = shares.first(blockIdx.x + 1) - begin;
     const int n_tile = begin / p.k_tiles, k_tile = begin % p.k_tiles;

@@ -10,7 +10,7 @@ MARLIN_GPTQ_DECODE_SOURCES(MARLIN_GPTQ_INSTANTIATE, f16)
 #undef MARLIN_GPTQ_INSTANTIATE
 
 bool decode_compiled(int device) {
-    using Any = MARLIN_GPTQ_DECODE_CONFIG(f16, marlin, 8, 4, unit, 2);
+    using Any = MARLIN_GPTQ_DECODE_CONFIG(f16, marlin, 8, unit);
     // 0: not asked yet, 1: no, 2: yes
     static std::atomic<int> known[64];
     if (device >= 64) return compiled<Any>();

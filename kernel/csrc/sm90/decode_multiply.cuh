@@ -1,7 +1,7 @@
-// One unit of 128 k from a slot into the totals of a warp: 64 channels x kTileM tokens.
+// One unit of 128 k from a slot into the totals of a warp: 32 channels x kTileM tokens.
 //
-// Both layouts hold the same words, one m16 x k16 fragment each for a lane; they differ in what a 16-byte load brings: four
-// channel tiles of one k16 step (Marlin), or four k16 steps of one channel tile (blocks). Either way an accumulator takes
+// Both layouts hold the same words, one m16 x k16 fragment each for a lane; they differ in what a load brings: two
+// channel tiles of one k16 step (Marlin, 8 bytes), or four k16 steps of one channel tile (blocks, 16 bytes). Either way an accumulator takes
 // the steps in their order, so both give the same bits.
 #pragma once
 
@@ -16,12 +16,12 @@
 namespace marlin_gptq::sm90 {
 
 template <class Cfg>
-using Accumulators = float[4][Cfg::kTileM / 8][4];  // [16 channels][8 tokens][mma register]
+using Accumulators = float[Cfg::kWarpTiles][Cfg::kTileM / 8][4];  // [16 channels][8 tokens][mma register]
 
 template <class Cfg>
 __device__ __forceinline__ void clear(Accumulators<Cfg>& acc) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int j = 0; j < Cfg::kWarpTiles; ++j)
 #pragma unroll
         for (int b = 0; b < Cfg::kTileM / 8; ++b)
 #pragma unroll
@@ -36,35 +36,49 @@ class Unit {
     static constexpr bool kMarlin = Cfg::kSource == Source::marlin;
 
     // A batch: the words of kLoads loads, of kSteps k16 steps x kTiles channel tiles.
-    static constexpr int kTiles = kMarlin || kBlocks == 1 ? 4 : kBlocks == 2 ? 2 : 1;
+    static constexpr bool kCrowded = kBlocks > 2 && (!kMarlin || Cfg::kGroups == Groups::part);  // registers are scarce
+    static constexpr int kTiles = kCrowded ? 1 : Cfg::kWarpTiles;
     static constexpr int kSteps = kMarlin ? 2 : 4;
     static constexpr int kLoads = kMarlin ? kSteps : kTiles;
-    static constexpr int kLast = kTileK / 16 - 1;  // k16 step of a unit
+    static constexpr int kWords = kMarlin ? kTiles : kSteps;  // of a load
+    static constexpr int kLast = kTileK / 16 - 1;             // k16 step of a unit
     static constexpr int kPerTile = (kLast + 1) / kSteps;
-    static constexpr int kBatches = kPerTile * 4 / kTiles;
+    static constexpr int kBatches = kPerTile * Cfg::kWarpTiles / kTiles;
 
     // All steps of some channel tiles, then the next: their products are folded away first.
     __device__ __forceinline__ static constexpr int first_step(int batch) { return batch % kPerTile * kSteps; }
     __device__ __forceinline__ static constexpr int first_tile(int batch) { return batch / kPerTile * kTiles; }
 
     __device__ __forceinline__ Unit(uint32_t weights, uint32_t activations, int thread) {
-        const int lane = thread % 32, warp_n = thread / 32 % Cfg::kWarpsN;
-        row_ = lane % 8;
+        const int lane = thread % 32, warp_n = thread / 32 % Cfg::kWarpsN, row = lane / 4;
+        token_ = lane % 8;
         chunk_ = lane / 8;
-        words_ = weights + layout::unit_bytes(kMarlin, warp_n) + lane * 16;
-        tokens_ = activations + row_ * (kBoxK * 2);
-        scales_ = weights + Cfg::kScaleOffset + warp_n * 128 + (lane / 4) * (kMarlin ? 16 : 4);
-        zeros_ = weights + warp_n * (kMarlin ? 32 : 64) + (lane / 4) * (kMarlin ? 4 : 2);
+        tokens_ = activations + token_ * (kBoxK * 2);
+        if constexpr (kMarlin) {  // two warps share 64 channels, four tiles
+            const int half = warp_n / 2;
+            first_ = warp_n % 2 * Cfg::kWarpTiles;
+            words_ = weights + half * 512 + lane * 16 + first_ * 4;
+            scales_ = weights + Cfg::kScaleOffset + half * 128 + row * 16 + first_ * 4;
+            zeros_ = weights + Cfg::kZeroOffset + half * 32 + row * 4;
+        } else {
+            first_ = warp_n * Cfg::kWarpTiles;
+            words_ = weights + layout::block_part_bytes(0, first_) + lane * 16;
+            scales_ = weights + Cfg::kScaleOffset + first_ * 32 + row * 4;
+            zeros_ = weights + first_ * 16 + row * 2;
+        }
     }
 
-    __device__ __forceinline__ uint4 load(int batch, int i) const {
-        if constexpr (kMarlin) return ptx::load_shared_16(words_ + (first_step(batch) + i) * Cfg::kWeightRowBytes);
-        return ptx::load_shared_16(words_ + layout::block_part_bytes(first_step(batch), first_tile(batch) + i));
+    __device__ __forceinline__ void load(int batch, int i, uint32_t (&out)[kWords]) const {
+        if constexpr (kMarlin) {
+            ptx::load_shared(words_ + (first_step(batch) + i) * Cfg::kWeightRowBytes + first_tile(batch) * 4, out);
+        } else {
+            ptx::load_shared(words_ + layout::block_part_bytes(first_step(batch), first_tile(batch) + i), out);
+        }
     }
 
     // The operand registers of 8 tokens for the k16 steps 2 * pair and one more.
     __device__ __forceinline__ void tokens(int pair, int b, uint32_t (&out)[4]) const {
-        const int chunk = layout::swizzled_chunk(row_, 4 * (pair % 2) + chunk_);
+        const int chunk = layout::swizzled_chunk(token_, 4 * (pair % 2) + chunk_);
         ptx::ldmatrix_x4(out, tokens_ + pair / 2 * Cfg::kActivationBoxBytes + b * 8 * (kBoxK * 2) + chunk * 16);
     }
 
@@ -76,20 +90,18 @@ class Unit {
 
     // 8 minus their zero points. Blocks have just as many rows of scales as there are, and then the zero points.
     __device__ __forceinline__ float2 offset(int row, int rows, int tile) const {
-        if constexpr (kMarlin)
-            return zero_offsets(ptx::load_shared_4(zeros_ + Cfg::kZeroOffset + row * layout::kBlockZeroRowBytes), tile);
+        if constexpr (kMarlin) {
+            const uint32_t word = ptx::load_shared_4(zeros_ + row * layout::kBlockZeroRowBytes);
+            return zero_offsets(word >> 4 * layout::zero_nibble(16 * first_), tile);
+        }
         const uint32_t pair = ptx::load_shared_2(zeros_ + layout::block_bytes(rows, row) + tile * 16);
         return {zero_offset(pair), zero_offset(pair >> 8)};
     }
 
   private:
     uint32_t words_, tokens_, scales_, zeros_;
-    int row_, chunk_;
+    int first_, token_, chunk_;  // channel tile; of this lane's rows of activations
 };
-
-__device__ __forceinline__ uint32_t component(const uint4& v, int i) {
-    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
 
 template <class Cfg>
 __device__ __forceinline__ void multiply_unit(const Unit<Cfg>& unit, int group_shift, Accumulators<Cfg>& total) {
@@ -110,13 +122,14 @@ __device__ __forceinline__ void multiply_unit(const Unit<Cfg>& unit, int group_s
 
     // Read ahead of their use, as far as registers allow. Tokens are read again for every batch.
     constexpr int kPairs = U::kSteps / 2, kPieces = U::kBatches * kPairs;
-    constexpr int kAhead = U::kMarlin && kBlocks == 1 ? U::kBatches - 1 : 1;
-    constexpr int kTokensAhead = kBlocks == 1 ? kPieces - 1 : 1;
-    uint4 loaded[U::kBatches][U::kLoads];
+    constexpr bool kNone = U::kMarlin && U::kCrowded;
+    constexpr int kAhead = kBlocks == 1 ? U::kBatches - 1 : kNone ? 0 : 1;
+    constexpr int kTokensAhead = kBlocks == 1 ? kPieces - 1 : kNone ? 0 : 1;
+    uint32_t loaded[U::kBatches][U::kLoads][U::kWords];
     uint32_t tokens[kPieces][kBlocks][4];
     const auto read_words = [&](int batch) {
 #pragma unroll
-        for (int i = 0; i < U::kLoads; ++i) loaded[batch][i] = unit.load(batch, i);
+        for (int i = 0; i < U::kLoads; ++i) unit.load(batch, i, loaded[batch][i]);
     };
     const auto read_tokens = [&](int piece) {
 #pragma unroll
@@ -138,7 +151,7 @@ __device__ __forceinline__ void multiply_unit(const Unit<Cfg>& unit, int group_s
             for (int t = 0; t < U::kTiles; ++t) {
                 const int j = U::first_tile(batch) + t;
                 uint32_t fragment[4];
-                dequantize<kDtype>(component(loaded[batch][U::kMarlin ? i : t], U::kMarlin ? j : i), fragment);
+                dequantize<kDtype>(loaded[batch][U::kMarlin ? i : t][U::kMarlin ? t : i], fragment);
 #pragma unroll
                 for (int b = 0; b < kBlocks; ++b) {
                     auto& sum = Cfg::kGroups == Groups::column ? total[j][b] : products[j][b];
@@ -187,7 +200,7 @@ __device__ __forceinline__ void add_zero_points(uint32_t weights, uint32_t activ
                 add_tokens<Cfg::kDtype>(tokens, sums);
             }
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
+            for (int j = 0; j < Cfg::kWarpTiles; ++j) {
                 float2 offset = unit.offset(row, Cfg::kGroups == Groups::column ? 0 : rows, j);
                 if constexpr (Cfg::kGroups != Groups::column) {
                     const float2 scale = unit.scale(row, j);

@@ -11,25 +11,19 @@
 
 namespace marlin_gptq::sm90 {
 
-// Which piece of a tile a consumer thread sums and stores: for every 8 tokens, kPieces times 4 channels of one token.
+// Which piece of a tile a thread sums and stores: kAll times four channels of one token, a warp whole rows.
 template <class Cfg>
 struct Piece {
     static constexpr int kRow = Cfg::kTileN / 4;  // float4s in a row
-    static constexpr int kPieces = (8 * kRow + Cfg::kThreads - 1) / Cfg::kThreads;
-    static constexpr int kAll = Cfg::kTileM / 8 * kPieces;
-    static constexpr int64_t kSlot = static_cast<int64_t>(kAll) * Cfg::kThreads;  // float4s of a partial tile
+    static constexpr int kRows = Cfg::kTileM < Cfg::kWarps ? Cfg::kTileM : Cfg::kWarps;  // at once
+    static constexpr int kAll = Cfg::kTileM / kRows;
+    static constexpr int64_t kSlot = static_cast<int64_t>(Cfg::kTileM) * kRow;  // float4s of a partial tile
 
-    __device__ __forceinline__ static int at(int piece) { return piece * Cfg::kThreads + threadIdx.x; }
-    __device__ __forceinline__ static int token(int i) {
-        return i / kPieces * 8 + at(i % kPieces) / kRow;
-    }
-    __device__ __forceinline__ static int channel(int i) { return at(i % kPieces) % kRow * 4; }
-    __device__ __forceinline__ static bool valid(int i, int m) { return at(i % kPieces) < 8 * kRow && token(i) < m; }
-    // Whether this warp has anything to sum.
-    __device__ __forceinline__ static bool any(int m) {
-        const int from = threadIdx.x / 32 * 32;
-        return from < 8 * kRow && from / kRow < m;
-    }
+    __device__ __forceinline__ static int token(int i) { return i * kRows + threadIdx.x / kRow; }
+    __device__ __forceinline__ static int channel() { return threadIdx.x % kRow * 4; }
+    __device__ __forceinline__ static bool valid(int i, int m) { return threadIdx.x < kRows * kRow && token(i) < m; }
+
+    static_assert(kRow == 32 && Cfg::kTileM % kRows == 0);
 };
 
 template <class Cfg>
@@ -45,44 +39,35 @@ __device__ __forceinline__ void accumulate(float4& sum, const float4& term) {
 // Adds up the k-warps' totals, in their order.
 template <class Cfg>
 __device__ __forceinline__ void reduce_warps(float* buffer, int m, const Accumulators<Cfg>& acc, Sums<Cfg>& sums) {
+    constexpr int kPartial = Cfg::kTileM * Cfg::kReduceRow;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int warp_n = warp % Cfg::kWarpsN, warp_k = warp / Cfg::kWarpsN;
-    float* mine = buffer + warp_k % Cfg::kPartials * 8 * Cfg::kReduceRow + 64 * warp_n;
-    const int token = 2 * (lane % 4), channel = lane / 4;
-
+    float* mine = buffer + warp_k * kPartial + 16 * Cfg::kWarpTiles * warp_n + lane / 4;
 #pragma unroll
-    for (int block = 0; block < Cfg::kTileM / 8; ++block) {
-        if (block > 0 && 8 * block >= m) break;
+    for (int b = 0; b < Cfg::kTileM / 8; ++b) {
+        const int token = 8 * b + 2 * (lane % 4);
 #pragma unroll
-        for (int round = 0; round < Cfg::kWarpsK / Cfg::kPartials; ++round) {
-            __syncthreads();  // the buffer has been read, or written by the round before
-            if (warp_k / Cfg::kPartials != round) continue;
-            const auto put = [&](float* at, float x) { *at = round == 0 ? x : *at + x; };
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                float* at = mine + token * Cfg::kReduceRow + 16 * j + channel;
-                if (8 * block + token < m) {
-                    put(at, acc[j][block][0]);
-                    put(at + 8, acc[j][block][2]);
-                }
-                if (8 * block + token + 1 < m) {
-                    put(at + Cfg::kReduceRow, acc[j][block][1]);
-                    put(at + Cfg::kReduceRow + 8, acc[j][block][3]);
-                }
+        for (int j = 0; j < Cfg::kWarpTiles; ++j) {
+            float* at = mine + token * Cfg::kReduceRow + 16 * j;
+            if (token < m) {
+                at[0] = acc[j][b][0];
+                at[8] = acc[j][b][2];
+            }
+            if (token + 1 < m) {
+                at[Cfg::kReduceRow] = acc[j][b][1];
+                at[Cfg::kReduceRow + 8] = acc[j][b][3];
             }
         }
-        __syncthreads();
+    }
+    __syncthreads();
 #pragma unroll
-        for (int piece = 0; piece < Piece<Cfg>::kPieces; ++piece) {
-            const int i = block * Piece<Cfg>::kPieces + piece;
-            if (!Piece<Cfg>::valid(i, m)) continue;
-            const float* row = buffer + (Piece<Cfg>::token(i) - 8 * block) * Cfg::kReduceRow + Piece<Cfg>::channel(i);
-            float4 sum = *reinterpret_cast<const float4*>(row);
+    for (int i = 0; i < Piece<Cfg>::kAll; ++i) {
+        if (!Piece<Cfg>::valid(i, m)) continue;
+        const float* row = buffer + Piece<Cfg>::token(i) * Cfg::kReduceRow + Piece<Cfg>::channel();
+        sums[i] = *reinterpret_cast<const float4*>(row);
 #pragma unroll
-            for (int other = 1; other < Cfg::kPartials; ++other)
-                accumulate(sum, *reinterpret_cast<const float4*>(row + other * 8 * Cfg::kReduceRow));
-            sums[i] = sum;
-        }
+        for (int other = 1; other < Cfg::kWarpsK; ++other)
+            accumulate(sums[i], *reinterpret_cast<const float4*>(row + other * kPartial));
     }
 }
 
@@ -93,10 +78,11 @@ __device__ __forceinline__ bool reduce_blocks(const GemmParams& p, int first, in
     using P = Piece<Cfg>;
     const int me = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const auto slot_of = [&](int64_t slot) { return p.slots + slot * P::kSlot + threadIdx.x; };
+    constexpr int kStep = P::kRows * P::kRow;
     float4* mine = slot_of(2 * static_cast<int64_t>(me) + (me == first));
 #pragma unroll
     for (int i = 0; i < P::kAll; ++i)
-        if (P::valid(i, p.m)) __stcg(mine + i * Cfg::kThreads, sums[i]);
+        if (P::valid(i, p.m)) __stcg(mine + i * kStep, sums[i]);
 
     __syncwarp();
     unsigned* ticket = p.tickets + first * kTicketsPerBlock + warp;
@@ -109,13 +95,13 @@ __device__ __forceinline__ bool reduce_blocks(const GemmParams& p, int first, in
     const float4* from = slot_of(2 * static_cast<int64_t>(first) + 1);
 #pragma unroll
     for (int i = 0; i < P::kAll; ++i)
-        if (P::valid(i, p.m)) sums[i] = __ldcg(from + i * Cfg::kThreads);
+        if (P::valid(i, p.m)) sums[i] = __ldcg(from + i * kStep);
 #pragma unroll 4
     for (int block = first + 1; block <= last; ++block) {
         from = slot_of(2 * static_cast<int64_t>(block));
 #pragma unroll
         for (int i = 0; i < P::kAll; ++i)
-            if (P::valid(i, p.m)) accumulate(sums[i], __ldcg(from + i * Cfg::kThreads));
+            if (P::valid(i, p.m)) accumulate(sums[i], __ldcg(from + i * kStep));
     }
     if (lane == 0) *ticket = 0;  // clean for the next launch
     return true;
@@ -128,7 +114,7 @@ __device__ __forceinline__ void store(const GemmParams& p, int n0, const Sums<Cf
     using P = Piece<Cfg>;
 #pragma unroll
     for (int i = 0; i < P::kAll; ++i) {
-        const int n = n0 + P::channel(i);
+        const int n = n0 + P::channel();
         if (!P::valid(i, p.m) || n >= p.n) continue;
         float4 scale = {1.f, 1.f, 1.f, 1.f}, bias = {0.f, 0.f, 0.f, 0.f};
         const auto pairs = [](const void* at, int low, int high) {
