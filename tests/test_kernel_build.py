@@ -89,10 +89,10 @@ def entry(dtype: int, tile_m: int, stages: int, grouped: bool, architecture: str
     )
 
 
-def decode_entry(dtype: int, source: int, tile_m: int, warps_k: int, groups: int, architecture: str) -> str:
+def decode_entry(dtype: int, source: int, tile_m: int, groups: int, architecture: str) -> str:
     name = (
         f"_ZN11marlin_gptq4sm9013decode_kernelINS0_12DecodeConfigILNS_5DTypeE{dtype}ELNS0_6SourceE{source}ELi{tile_m}"
-        f"ELi{warps_k}ELNS0_6GroupsE{groups}ELi2EEEEEvNS_10GemmParamsENS0_4MapsE"
+        f"ELNS0_6GroupsE{groups}EEEEEvNS_10GemmParamsENS0_4MapsE"
     )
     return (
         f"ptxas info    : Compiling entry function '{name}' for '{architecture}'\n"
@@ -107,9 +107,8 @@ def good_log(reader: ModuleType, architectures: tuple[str, ...] = ("sm_80", "sm_
         for name in sorted(reader.expected_kernels(reader.VARIANTS.read_text())):
             family, dtype, tile_m, *rest = name.split()
             if family == "decode":
-                warps_k = int(rest[0].removeprefix("warps2x"))
-                groups, source = reader.GROUPS.index(rest[1]), reader.SOURCES.index(rest[3])
-                log += decode_entry(reader.DTYPES.index(dtype), source, int(tile_m[1:]), warps_k, groups, architecture)
+                groups, source = reader.GROUPS.index(rest[0]), reader.SOURCES.index(rest[2])
+                log += decode_entry(reader.DTYPES.index(dtype), source, int(tile_m[1:]), groups, architecture)
                 continue
             stages, grouped = rest
             log += entry(
@@ -130,7 +129,7 @@ def check(reader: ModuleType, tmp_path: Path, text: str, *options: str) -> int:
 def test_a_good_log_passes(reader: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(reader, tmp_path, good_log(reader), "--archs", "80,90a") == 0
     out = capsys.readouterr().out
-    for text in ("gemm bf16 m8 stages5 grouped", "decode f16 m8 warps2x4 unit from blocks", "sm_90a", "115"):
+    for text in ("gemm bf16 m8 stages5 grouped", "decode f16 m8 unit from blocks", "sm_90a", "115"):
         assert text in out
 
 
@@ -139,7 +138,7 @@ def test_the_table_of_variants_is_understood(reader: ModuleType) -> None:
     assert {name.split()[1] for name in names} == {"f16", "bf16"}
     assert {name.split()[2] for name in names} >= {"m8", "m16", "m32"}
     assert {name.split()[0] for name in names} == {"gemm", "decode"}
-    assert "decode bf16 m16 warps2x8 unit from marlin" in names
+    assert "decode bf16 m16 part from marlin" in names
 
 
 @pytest.mark.parametrize(

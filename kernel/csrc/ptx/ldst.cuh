@@ -55,8 +55,6 @@ __device__ __forceinline__ void load_shared(uint32_t shared, uint32_t (&v)[2]) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(shared));
 }
 
-__device__ __forceinline__ void load_shared(uint32_t shared, uint32_t (&v)[1]) { v[0] = load_shared_4(shared); }
-
 __device__ __forceinline__ uint32_t load_shared_2(uint32_t shared) {
     uint16_t v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared));

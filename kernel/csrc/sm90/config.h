@@ -19,15 +19,16 @@ constexpr int kMaxSlots = 24;
 constexpr int kBoxN = 128;  // channels of one copy of weights: 256 words, as many as a copy takes
 constexpr int kBoxK = 64;   // k of one copy of activations: the 128 bytes that are swizzled together
 
-// Four warps side by side along n, each with 32 channels, and four rows of them along k that share out the units: 16 warps
-// hide from each other what each of them waits for.
+// kWarpsN warps side by side along n, and kWarpsK rows of them along k that share out the units. Up to 16 tokens there are 16
+// warps, which hide from each other what each of them waits for. For 32 tokens a warp needs more registers than that
+// leaves, and more channels for the activations it reads.
 template <DType kDtypeArg, Source kSourceArg, int kTileMArg, Groups kGroupsArg>
 struct DecodeConfig {
     static constexpr DType kDtype = kDtypeArg;
     static constexpr Source kSource = kSourceArg;
     static constexpr int kTileM = kTileMArg;
     static constexpr Groups kGroups = kGroupsArg;
-    static constexpr int kWarpsN = 4;
+    static constexpr int kWarpsN = kTileM == 32 ? 2 : 4;
     static constexpr int kWarpsK = 4;
     static constexpr int kWarps = kWarpsN * kWarpsK;
     static constexpr int kThreads = 32 * kWarps;

@@ -1,6 +1,6 @@
 // C[m, n] = A[m, k] W[k, n] with 4-bit W for few tokens (m <= kTileM): mma.sync fed by the copy engine, for sm_90.
 //
-// The unit of work is 128 k x 128 channels: four warps side by side, each with 32 channels, and four such rows of warps
+// The unit of work is 128 k x 128 channels: warps side by side, each with some of the channels, and rows of such warps
 // take turns with the units. A ring of slots holds one unit each; the copy engine fills them, and two mbarriers a slot
 // hand it over and back, so that no barrier of the whole block is in the loop. Weights, scales and zero points are
 // constant: the first slots fill before the previous grid has ended. Operands are swapped and scaled as in sm80/gemm.cuh:

@@ -1,7 +1,7 @@
-// One unit of 128 k from a slot into the totals of a warp: 32 channels x kTileM tokens.
+// One unit of 128 k from a slot into the totals of a warp: 16 kWarpTiles channels x kTileM tokens.
 //
-// Both layouts hold the same words, one m16 x k16 fragment each for a lane; they differ in what a load brings: two
-// channel tiles of one k16 step (Marlin, 8 bytes), or four k16 steps of one channel tile (blocks, 16 bytes). Either way an accumulator takes
+// Both layouts hold the same words, one m16 x k16 fragment each for a lane; they differ in what a load brings: all
+// channel tiles of one k16 step (Marlin), or four k16 steps of one channel tile (blocks). Either way an accumulator takes
 // the steps in their order, so both give the same bits.
 #pragma once
 
@@ -36,8 +36,7 @@ class Unit {
     static constexpr bool kMarlin = Cfg::kSource == Source::marlin;
 
     // A batch: the words of kLoads loads, of kSteps k16 steps x kTiles channel tiles.
-    static constexpr bool kCrowded = kBlocks > 2 && (!kMarlin || Cfg::kGroups == Groups::part);  // registers are scarce
-    static constexpr int kTiles = kCrowded ? 1 : Cfg::kWarpTiles;
+    static constexpr int kTiles = kMarlin ? Cfg::kWarpTiles : kBlocks <= 2 ? 2 : 1;  // what registers hold
     static constexpr int kSteps = kMarlin ? 2 : 4;
     static constexpr int kLoads = kMarlin ? kSteps : kTiles;
     static constexpr int kWords = kMarlin ? kTiles : kSteps;  // of a load
@@ -54,9 +53,9 @@ class Unit {
         token_ = lane % 8;
         chunk_ = lane / 8;
         tokens_ = activations + token_ * (kBoxK * 2);
-        if constexpr (kMarlin) {  // two warps share 64 channels, four tiles
-            const int half = warp_n / 2;
-            first_ = warp_n % 2 * Cfg::kWarpTiles;
+        if constexpr (kMarlin) {  // 64 channels, four tiles, are one piece
+            const int half = warp_n * Cfg::kWarpTiles / 4;
+            first_ = warp_n * Cfg::kWarpTiles % 4;
             words_ = weights + half * 512 + lane * 16 + first_ * 4;
             scales_ = weights + Cfg::kScaleOffset + half * 128 + row * 16 + first_ * 4;
             zeros_ = weights + Cfg::kZeroOffset + half * 32 + row * 4;
@@ -70,7 +69,7 @@ class Unit {
 
     __device__ __forceinline__ void load(int batch, int i, uint32_t (&out)[kWords]) const {
         if constexpr (kMarlin) {
-            ptx::load_shared(words_ + (first_step(batch) + i) * Cfg::kWeightRowBytes + first_tile(batch) * 4, out);
+            ptx::load_shared(words_ + (first_step(batch) + i) * Cfg::kWeightRowBytes, out);
         } else {
             ptx::load_shared(words_ + layout::block_part_bytes(first_step(batch), first_tile(batch) + i), out);
         }
@@ -122,9 +121,9 @@ __device__ __forceinline__ void multiply_unit(const Unit<Cfg>& unit, int group_s
 
     // Read ahead of their use, as far as registers allow. Tokens are read again for every batch.
     constexpr int kPairs = U::kSteps / 2, kPieces = U::kBatches * kPairs;
-    constexpr bool kNone = U::kMarlin && U::kCrowded;
-    constexpr int kAhead = kBlocks == 1 ? U::kBatches - 1 : kNone ? 0 : 1;
-    constexpr int kTokensAhead = kBlocks == 1 ? kPieces - 1 : kNone ? 0 : 1;
+    constexpr int kAhead = kBlocks == 1 ? U::kBatches - 1 : 1;
+    constexpr int kTokensAhead = kBlocks == 1 ? kPieces - 1 : 1;
+    constexpr bool kBranch = !U::kMarlin && kBlocks > 1;
     uint32_t loaded[U::kBatches][U::kLoads][U::kWords];
     uint32_t tokens[kPieces][kBlocks][4];
     const auto read_words = [&](int batch) {
@@ -144,31 +143,34 @@ __device__ __forceinline__ void multiply_unit(const Unit<Cfg>& unit, int group_s
     for (int batch = 0; batch < U::kBatches; ++batch) {
         if (batch + kAhead < U::kBatches) read_words(batch + kAhead);
 #pragma unroll
-        for (int i = 0; i < U::kSteps; ++i) {
-            const int step = U::first_step(batch) + i, piece = batch * kPairs + i / 2;
-            if (i % 2 == 0 && piece + kTokensAhead < kPieces) read_tokens(piece + kTokensAhead);
+        for (int i = 0; i < kPairs; ++i) {
+            const int piece = batch * kPairs + i, step = U::first_step(batch) + 2 * i;
+            if (piece + kTokensAhead < kPieces) read_tokens(piece + kTokensAhead);
 #pragma unroll
             for (int t = 0; t < U::kTiles; ++t) {
-                const int j = U::first_tile(batch) + t;
-                uint32_t fragment[4];
-                dequantize<kDtype>(loaded[batch][U::kMarlin ? i : t][U::kMarlin ? t : i], fragment);
+                auto& sums = Cfg::kGroups == Groups::column ? total[U::first_tile(batch) + t] : products[U::first_tile(batch) + t];
+                uint32_t first[4], second[4];
+                dequantize<kDtype>(loaded[batch][U::kMarlin ? 2 * i : t][U::kMarlin ? t : 2 * i], first);
+                dequantize<kDtype>(loaded[batch][U::kMarlin ? 2 * i + 1 : t][U::kMarlin ? t : 2 * i + 1], second);
 #pragma unroll
                 for (int b = 0; b < kBlocks; ++b) {
-                    auto& sum = Cfg::kGroups == Groups::column ? total[j][b] : products[j][b];
-                    const uint32_t b0 = tokens[piece][b][i % 2 * 2], b1 = tokens[piece][b][i % 2 * 2 + 1];
-                    if ((Cfg::kGroups == Groups::unit && step == 0) || (Cfg::kGroups == Groups::part && step % 2 == 0)) {
-                        ptx::mma_m16n8k16<kDtype>(sum, fragment, b0, b1, zero);
+                    const auto& both = tokens[piece][b];
+                    if ((Cfg::kGroups == Groups::unit && step == 0) || Cfg::kGroups == Groups::part) {
+                        ptx::mma_m16n8k16<kDtype>(sums[b], first, both[0], both[1], zero);
                     } else {
-                        ptx::mma_m16n8k16<kDtype>(sum, fragment, b0, b1, sum);
+                        ptx::mma_m16n8k16<kDtype>(sums[b], first, both[0], both[1], sums[b]);
                     }
                 }
+#pragma unroll
+                for (int b = 0; b < kBlocks; ++b)
+                    ptx::mma_m16n8k16<kDtype>(sums[b], second, tokens[piece][b][2], tokens[piece][b][3], sums[b]);
             }
             // Groups of 128 end with the unit; in groups of 32 or 64 the products are scaled every 32 k. That group_shift
             // is asked for what is known of it anyway makes a branch, which keeps the compiler from beginning with
             // everything at once: there are no registers for that.
             bool ends = false;
-            if (Cfg::kGroups == Groups::unit) ends = step == U::kLast && (kBlocks == 1 || group_shift == 2);
-            if (Cfg::kGroups == Groups::part) ends = step % 2 == 1 && group_shift < 2;
+            if (Cfg::kGroups == Groups::unit) ends = step + 1 == U::kLast && (!kBranch || group_shift == 2);
+            if (Cfg::kGroups == Groups::part) ends = group_shift < 2;
             if (ends) {
 #pragma unroll
                 for (int t = 0; t < U::kTiles; ++t)
