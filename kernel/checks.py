@@ -10,7 +10,9 @@ TILE_K = 16  # K and N come in multiples of a packed block
 TILE_N = 64
 
 
-def check_gemm(a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> tuple[int, int]:
+def check_gemm(
+    a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, qzeros: Tensor | None = None
+) -> tuple[int, int]:
     """Return (N, K), or raise TypeError (dtype) or ValueError (shape, stride, device, group size)."""
     if a.dim() != 2:
         raise ValueError(f"a: got {list(a.shape)}, expected [M, K]")
@@ -38,9 +40,12 @@ def check_gemm(a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, 
     if bias is not None and (bias.dtype != dtype or bias.shape != (n,)):
         message = f"bias: got {_describe(bias)}, expected {[n]} {_name(dtype)}"
         raise TypeError(f"{message} (the dtype of a)") if bias.dtype != dtype else ValueError(message)
+    if qzeros is not None and (qzeros.dtype != torch.int32 or qzeros.shape != (groups, n // 8)):
+        message = f"qzeros: got {_describe(qzeros)}, expected {[groups, n // 8]} int32"
+        raise TypeError(message) if qzeros.dtype != torch.int32 else ValueError(f"{message} (group_size {group_size})")
 
     device = a.device
-    for name, tensor in (("qweight", qweight), ("scales", scales), ("bias", bias)):
+    for name, tensor in (("qweight", qweight), ("scales", scales), ("bias", bias), ("qzeros", qzeros)):
         if tensor is None:
             continue
         if tensor.device != device:

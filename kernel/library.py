@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 2  # of kernel/csrc/capi.h
+ABI_VERSION = 3  # of kernel/csrc/capi.h
 LIBRARY_NAME = "libmarlin_gptq.so"
 BUILD_INFO_NAME = "build_info.json"
 _REINSTALL = (
@@ -127,5 +127,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.marlin_gptq_error_string.argtypes = [ctypes.c_int]
     library.marlin_gptq_error_string.restype = ctypes.c_char_p
     library.marlin_gptq_plan.argtypes = [i64, i64, i64, i64, i32, i32, i32, ctypes.POINTER(PlanStruct)]
-    library.marlin_gptq_gemm.argtypes = [*[pointer] * 5, *[i64] * 5, i32, i32, pointer, i32, i32]
+    library.marlin_gptq_gemm.argtypes = [*[pointer] * 6, *[i64] * 5, i32, i32, pointer, i32, i32]
+    library.marlin_gptq_decode_blocks.argtypes = [*[pointer] * 5, *[i64] * 5, i32, i32, i32, pointer, i32, i32]
     library.marlin_gptq_dirty_tickets.argtypes = [i32, ctypes.POINTER(i64), ctypes.POINTER(i32)]

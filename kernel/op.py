@@ -14,32 +14,41 @@ from marlin_gptq.kernel.reference import gemm_reference
 
 MIN_CAPABILITY = (8, 0)
 _OVERLAP, _PORTABLE = 1, 2  # flags of the C function
-_ALIGNMENT = {"a": 16, "qweight": 16, "scales": 16, "bias": 8}  # bytes, of the kernel's vector loads
+_ALIGNMENT = {"a": 16, "qweight": 16, "scales": 16, "qzeros": 16, "bias": 8}  # bytes, of the kernel's vector loads
 
 _overlap = 0  # or _OVERLAP
 
 # Library.define/impl rather than torch.library.custom_op: half the time per call.
 _torch_library = torch.library.Library("marlin_gptq", "DEF")
 _torch_library.define(
-    "gemm(Tensor a, Tensor qweight, Tensor scales, Tensor? bias, int group_size) -> Tensor",
+    "gemm(Tensor a, Tensor qweight, Tensor scales, Tensor? bias, int group_size, Tensor? qzeros=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
 
-def gemm(a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None = None, group_size: int = -1) -> Tensor:
+def gemm(
+    a: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    group_size: int = -1,
+    qzeros: Tensor | None = None,
+) -> Tensor:
     """a · W (+ bias), W of 4 bits in the Marlin layout.
 
     a [M, K] float16 or bfloat16, rows contiguous (stride 1), their distance a multiple of 8; M may be 0
     qweight int32 [K/16, 2N], K a multiple of 16 and N of 64
     scales [groups, N] and bias [N] of the dtype of a
     group_size -1 or K (one scale per column), 32, 64 or 128
+    qzeros int32 [groups, N/8]: zero points 0 … 15 of asymmetric weights (layout of formats/marlin.py), W = scale · (q − z);
+    None for a zero point of 8 everywhere
     → [M, N] of the dtype of a
 
     On CUDA the kernel runs on the current stream, sums in FP32 and gives the same bits for the same inputs.
     On other devices, and on a GPU without a kernel (said once, as a RuntimeWarning), plain torch computes in
     float32. Raises TypeError (dtype) or ValueError (shape, stride, device, group size), naming the argument.
     """
-    return torch.ops.marlin_gptq.gemm(a, qweight, scales, bias, group_size)
+    return torch.ops.marlin_gptq.gemm(a, qweight, scales, bias, group_size, qzeros)
 
 
 def set_overlap(enabled: bool) -> None:
@@ -53,21 +62,30 @@ def set_overlap(enabled: bool) -> None:
     _overlap = _OVERLAP if enabled else 0
 
 
-def _gemm_reference(a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
-    check_gemm(a, qweight, scales, bias, group_size)
-    return gemm_reference(a, qweight, scales, bias, group_size)
+def _gemm_reference(
+    a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, qzeros: Tensor | None = None
+) -> Tensor:
+    check_gemm(a, qweight, scales, bias, group_size, qzeros)
+    return gemm_reference(a, qweight, scales, bias, group_size, qzeros)
 
 
 def _gemm_cuda(
-    a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, grid: int = 0, flags: int = 0
+    a: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    qzeros: Tensor | None = None,
+    grid: int = 0,
+    flags: int = 0,
 ) -> Tensor:
-    n, k = check_gemm(a, qweight, scales, bias, group_size)
+    n, k = check_gemm(a, qweight, scales, bias, group_size, qzeros)
     m = a.shape[0]
     device = a.device.index
     reason = why_not(device)
     if reason:
         _warn_once(reason)
-        return gemm_reference(a, qweight, scales, bias, group_size)
+        return gemm_reference(a, qweight, scales, bias, group_size, qzeros)
     out = a.new_empty((m, n))
     if m == 0:
         return out
@@ -75,6 +93,7 @@ def _gemm_cuda(
         a.data_ptr(),
         qweight.data_ptr(),
         scales.data_ptr(),
+        None if qzeros is None else qzeros.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         m,
@@ -89,23 +108,32 @@ def _gemm_cuda(
         flags | _overlap,
     )
     if code:
-        _check_alignment(a=a, qweight=qweight, scales=scales, bias=bias)
+        _check_alignment(a=a, qweight=qweight, scales=scales, qzeros=qzeros, bias=bias)
         raise RuntimeError(f"marlin_gptq.gemm on cuda:{device}: {library.error_string(code)}")
     return out
 
 
 def _gemm_with_grid(
-    a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, grid: int, portable: bool = False
+    a: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    grid: int,
+    portable: bool = False,
+    qzeros: Tensor | None = None,
 ) -> Tensor:
     """The CUDA path with a forced number of blocks (0: as chosen), for tests. RuntimeError for one that does not fit.
 
     portable: the kernels that every GPU can run, also where there are others.
     """
-    return _gemm_cuda(a, qweight, scales, bias, group_size, grid, _PORTABLE if portable else 0)
+    return _gemm_cuda(a, qweight, scales, bias, group_size, qzeros, grid, _PORTABLE if portable else 0)
 
 
-def _gemm_fake(a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
-    n, _ = check_gemm(a, qweight, scales, bias, group_size)
+def _gemm_fake(
+    a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, group_size: int, qzeros: Tensor | None = None
+) -> Tensor:
+    n, _ = check_gemm(a, qweight, scales, bias, group_size, qzeros)
     return a.new_empty((a.shape[0], n))
 
 

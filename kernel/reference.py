@@ -76,10 +76,15 @@ def dequantize(qweight: Tensor, scales: Tensor, group_size: int, zeros: Tensor |
 
 
 def gemm_reference(
-    a: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None = None, group_size: int = -1
+    a: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    group_size: int = -1,
+    qzeros: Tensor | None = None,
 ) -> Tensor:
     """a [M, K] · weightᵀ (+ bias [N]) in float32, rounded once to the dtype of a: [M, N]."""
-    product = a.float() @ dequantize(qweight, scales, group_size).t()
+    product = a.float() @ dequantize(qweight, scales, group_size, qzeros).t()
     if bias is not None:
         product = product + bias.float()
     return product.to(a.dtype)

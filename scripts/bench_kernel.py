@@ -3,9 +3,11 @@
 
 Every row is a replayed CUDA graph of calls on weights that have left the L2 cache (several copies take
 turns, at least 180 MB of them): microseconds a call (median), GB/s of the bytes a call must move (codes,
-scales, activations, output) and their fraction of what torch reads in the same process, TFLOP/s, and the speed
-against torch's dense product (cuBLAS) on the same shape, timed likewise, by turns. "chain": the same calls, each
-allowed to read its weights before the one in front of it has ended (marlin_gptq.kernel.set_overlap).
+scales, activations, output) and their fraction of what a kernel that only reads (torch's sum over 4 GB) reached in the
+same process, TFLOP/s, and the speed against torch's dense product (cuBLAS) on the same shape, timed likewise, by turns.
+"x int4": against torch's own 4-bit product, _weight_int4pack_mm, where it applies (bfloat16, groups of 32 to 256).
+"chain": the same calls, each allowed to read its weights before the one in front of it has ended
+(marlin_gptq.kernel.set_overlap).
 
 Suites:
     layers     the linear layers of Llama models of 7B to 70B (the default)
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -31,6 +34,9 @@ import torch
 from torch import Tensor
 
 from marlin_gptq.kernel import gemm, library, set_overlap
+from marlin_gptq.kernel.blocked import to_blocks
+from marlin_gptq.kernel.decode_blocks import MAX_TOKENS, decode_blocks
+from marlin_gptq.kernel.reference import dequantize, unpack_scales
 
 # (in_features, out_features): fused qkv, attention output, fused gate and up, and down, of 7B to 70B models.
 LAYERS = [
@@ -60,8 +66,8 @@ SUITE_M = {
     "sustained": [1, 16, 64],
 }
 HEADER = """\
-|    K |     N |    M |      µs |  GB/s | of stream | TFLOP/s | torch µs | x torch | chain µs | x torch | error |
-|-----:|------:|-----:|--------:|------:|----------:|--------:|---------:|--------:|---------:|--------:|------:|"""
+|    K |     N |    M |      µs |  GB/s | of stream | TFLOP/s | torch µs | x torch | chain µs | x torch | x int4 | error |
+|-----:|------:|-----:|--------:|------:|----------:|--------:|---------:|--------:|---------:|--------:|-------:|------:|"""
 COLD_BYTES = 180 * 2**20  # three times the largest L2 cache
 
 
@@ -80,6 +86,7 @@ def main() -> int:
         "dtype": options.dtype,
         "group_size": options.group_size,
         "suite": options.suite,
+        "layout": options.layout,
         "stream_gigabytes_per_second": stream_speed(),
         "rows": [],
     }
@@ -95,7 +102,7 @@ def main() -> int:
                 f"| {k:5d} | {n:5d} | {row['m']:4d} | {row['microseconds']:7.2f} "
                 f"| {row['gigabytes_per_second']:5.0f} | {row['of_stream']:9.2f} "
                 f"| {row['teraflops']:7.1f} | {row['torch_microseconds']:8.2f} | {row['times_torch']:7.2f} "
-                f"| {row['chain_microseconds']:8.2f} | {row['chain_times_torch']:7.2f} | {row['relative_error']:5.0e} |"
+                f"| {row['chain_microseconds']:8.2f} | {row['chain_times_torch']:7.2f} | {row['times_int4']:6.2f} | {row['relative_error']:5.0e} |"
                 + (f" {row['state']}" if "state" in row else ""),
                 flush=True,
             )
@@ -111,6 +118,10 @@ def main() -> int:
             writer = csv.DictWriter(file, report["rows"][0])
             writer.writeheader()
             writer.writerows(report["rows"])
+    if options.plot:
+        from bench_plot import draw
+
+        draw(report, options.plot)
     return 0
 
 
@@ -122,12 +133,23 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--layer", type=lambda text: tuple(numbers(text)), action="append", metavar="K,N")
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument(
+        "--layout",
+        choices=["marlin", "blocks"],
+        default="marlin",
+        help=f"of the weights; blocks: what layers hold on compute capability 9.0, here up to M = {MAX_TOKENS}",
+    )
     parser.add_argument("--replays", type=int, default=20)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--plot", type=Path, help="a picture of the speed against cuBLAS (needs matplotlib)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each case of the suite sustained")
     options = parser.parse_args()
     options.m = options.m or SUITE_M[options.suite]
+    if options.layout == "blocks":
+        options.m = [m for m in options.m if m <= MAX_TOKENS]
+    if not options.m:
+        parser.error(f"--layout blocks takes at most {MAX_TOKENS} tokens")
     return options
 
 
@@ -164,21 +186,29 @@ def bench_layer(k: int, n: int, options: argparse.Namespace) -> list[dict[str, f
         )
         for _ in range(packed_sets)
     ]
+    multiply = in_layout(options.layout, packed, group_size)
     dense = [(torch.randn(n, k, device="cuda") / 16).to(dtype) for _ in range(dense_sets)]
+    int4 = torch_int4(k, n, group_size, dtype, packed_sets)
 
     rows: list[dict[str, float | str]] = []
     for m in options.m:
         inputs = [torch.randn(m, k, device="cuda").to(dtype) for _ in range(max(packed_sets, dense_sets))]
 
         def run_kernel(i: int, inputs: list[Tensor] = inputs) -> Tensor:
-            return gemm(inputs[i % len(inputs)], *packed[i % packed_sets], None, group_size)
+            return multiply(inputs[i % len(inputs)], i % packed_sets)
 
         def run_torch(i: int, inputs: list[Tensor] = inputs) -> Tensor:
             return inputs[i % len(inputs)] @ dense[i % dense_sets].t()
 
         candidates = [(run_kernel, packed_sets, False), (run_kernel, packed_sets, True), (run_torch, dense_sets, False)]
+        if int4 is not None:
+
+            def run_int4(i: int, inputs: list[Tensor] = inputs) -> Tensor:
+                return int4(inputs[i % len(inputs)], i % packed_sets)
+
+            candidates.append((run_int4, packed_sets, False))
         seconds = options.seconds if options.suite == "sustained" else 0.0
-        ours, chain, theirs = time_by_turns(candidates, options.replays, seconds)
+        ours, chain, theirs, *others = time_by_turns(candidates, options.replays, seconds)
         moved = packed_bytes + 2 * m * (k + n)
         rows.append(
             {
@@ -192,12 +222,42 @@ def bench_layer(k: int, n: int, options: argparse.Namespace) -> list[dict[str, f
                 "torch_microseconds": theirs,
                 "chain_microseconds": chain,
                 "chain_times_torch": theirs / chain,
-                "relative_error": relative_error(inputs[0], *packed[0], group_size),
+                "times_int4": others[0] / ours if others else math.nan,
+                "relative_error": relative_error(inputs[0], *packed[0], group_size, multiply),
             }
         )
         if options.suite == "sustained":
             rows[-1]["state"] = gpu_state()
     return rows
+
+
+def in_layout(layout: str, packed: list[tuple[Tensor, Tensor]], group_size: int) -> Callable[[Tensor, int], Tensor]:
+    """(activations, which copy of the weight) → the product by the kernel."""
+    if layout == "marlin":
+        return lambda a, i: gemm(a, *packed[i], None, group_size)
+    n = packed[0][0].shape[1] // 2
+    blocks = [to_blocks(qweight, scales, None, group_size) for qweight, scales in packed]
+    columns = [unpack_scales(scales)[0].contiguous() if scales.shape[0] == 1 else None for _, scales in packed]
+    return lambda a, i: decode_blocks(a, blocks[i], columns[i], None, n, group_size, False)
+
+
+def torch_int4(
+    k: int, n: int, group_size: int, dtype: torch.dtype, sets: int
+) -> Callable[[Tensor, int], Tensor] | None:
+    """The same for torch's _weight_int4pack_mm on random codes; None where it does not apply."""
+    inner = 8  # k16 tiles it packs together: the fastest of 2, 4 and 8 for few tokens
+    if dtype != torch.bfloat16 or group_size not in (32, 64, 128, 256) or k % (16 * inner) or n % 8:
+        return None
+    weights = [
+        (
+            torch._convert_weight_to_int4pack(
+                torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda"), inner
+            ),
+            (torch.rand(k // group_size, n, 2, device="cuda") / 64).to(dtype),
+        )
+        for _ in range(sets)
+    ]
+    return lambda a, i: torch._weight_int4pack_mm(a, weights[i][0], group_size, weights[i][1])
 
 
 def time_by_turns(
@@ -241,12 +301,12 @@ def gpu_state() -> str:
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def relative_error(a: Tensor, qweight: Tensor, scales: Tensor, group_size: int) -> float:
+def relative_error(
+    a: Tensor, qweight: Tensor, scales: Tensor, group_size: int, multiply: Callable[[Tensor, int], Tensor]
+) -> float:
     """Against float64 on the dequantized weights, over the first 16 rows."""
-    from marlin_gptq.kernel.reference import dequantize
-
     expected = a[:16].double() @ dequantize(qweight, scales, group_size).double().t()
-    out = gemm(a, qweight, scales, None, group_size)[:16].double()
+    out = multiply(a, 0)[:16].double()
     return float((out - expected).norm() / expected.norm())
 
 

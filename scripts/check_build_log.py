@@ -19,6 +19,7 @@ from pathlib import Path
 VARIANTS = Path(__file__).resolve().parents[1] / "kernel" / "csrc" / "dispatch" / "variants.h"
 DTYPES = ("f16", "bf16")  # in the order of DType in core/config.h
 GROUPS = ("column", "unit", "part")  # in the order of Groups in sm90/config.h
+SOURCES = ("marlin", "blocks")  # in the order of Source in sm90/config.h
 
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(sm_\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -26,7 +27,9 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 _NOTE = re.compile(r".*\bC75\d\d\b.*")
 _GENCODE = re.compile(r"-gencode[= ]\S*code=(sm_\w+)")
 _NAME = re.compile(r"ConfigILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)ELb([01])ELi(\d+)E")
-_DECODE = re.compile(r"DecodeConfigILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELNS\d?_\d?6GroupsE(\d)E")
+_DECODE = re.compile(
+    r"DecodeConfigILNS_5DTypeE(\d)ELNS\d?_\d?6SourceE(\d)ELi(\d+)ELNS\d?_\d?6GroupsE(\d)E"
+)
 
 
 @dataclass
@@ -77,8 +80,8 @@ def parse(text: str) -> list[Kernel]:
 def readable(mangled: str) -> str:
     """The variant behind a mangled kernel name; other names stay as they are."""
     if decode := _DECODE.search(mangled):
-        dtype, tile_m, warps_n, warps_k, groups = (int(part) for part in decode.groups())
-        return decode_name(DTYPES[dtype], tile_m, warps_n, warps_k, GROUPS[groups])
+        dtype, source, tile_m, groups = (int(part) for part in decode.groups())
+        return decode_name(DTYPES[dtype], SOURCES[source], tile_m, GROUPS[groups])
     found = _NAME.search(mangled)
     if not found:
         return mangled
@@ -90,24 +93,26 @@ def variant_name(dtype: str, tile_m: int, stages: int, grouped: bool) -> str:
     return f"gemm {dtype} m{tile_m} stages{stages} {'grouped' if grouped else 'per-column'}"
 
 
-def decode_name(dtype: str, tile_m: int, warps_n: int, warps_k: int, groups: str) -> str:
-    return f"decode {dtype} m{tile_m} warps{warps_n}x{warps_k} {groups}"
+def decode_name(dtype: str, source: str, tile_m: int, groups: str) -> str:
+    return f"decode {dtype} m{tile_m} {groups} from {source}"
 
 
 def expected_kernels(variants: str) -> set[str]:
     """The names of every variant in the table of variants.h."""
     rows = re.findall(r"X\(dtype, (\d+), (\d+), (true|false), \d+\)", variants)
     dtypes = re.findall(r"^\s+MARLIN_GPTQ_TILES\(X, (\w+)\)", variants, re.MULTILINE)
-    decode_rows = re.findall(r"X\(dtype, (\d+), (\d+), (\d+), (\w+)\)", variants)
-    decode_dtypes = re.findall(r"^\s+MARLIN_GPTQ_DECODE_TILES\(X, (\w+)\)", variants, re.MULTILINE)
+    decode_rows = re.findall(r"X\(dtype, source, (\d+), (\w+)\)", variants)
+    sources = re.findall(r"^\s+MARLIN_GPTQ_DECODE_TILES\(X, dtype, (\w+)\)", variants, re.MULTILINE)
+    decode_dtypes = re.findall(r"^\s+MARLIN_GPTQ_DECODE_SOURCES\(X, (\w+)\)", variants, re.MULTILINE)
     return {
         variant_name(dtype, int(tile_m), int(stages), grouped == "true")
         for dtype in dtypes
         for tile_m, stages, grouped in rows
     } | {
-        decode_name(dtype, int(tile_m), int(warps_n), int(warps_k), groups)
+        decode_name(dtype, source, int(tile_m), groups)
         for dtype in decode_dtypes
-        for tile_m, warps_n, warps_k, groups in decode_rows
+        for source in sources
+        for tile_m, groups in decode_rows
     }
 
 

@@ -89,9 +89,9 @@ def entry(dtype: int, tile_m: int, stages: int, grouped: bool, architecture: str
     )
 
 
-def decode_entry(dtype: int, tile_m: int, warps_n: int, warps_k: int, groups: int, architecture: str) -> str:
+def decode_entry(dtype: int, source: int, tile_m: int, groups: int, architecture: str) -> str:
     name = (
-        f"_ZN11marlin_gptq4sm9013decode_kernelINS0_12DecodeConfigILNS_5DTypeE{dtype}ELi{tile_m}ELi{warps_n}ELi{warps_k}"
+        f"_ZN11marlin_gptq4sm9013decode_kernelINS0_12DecodeConfigILNS_5DTypeE{dtype}ELNS0_6SourceE{source}ELi{tile_m}"
         f"ELNS0_6GroupsE{groups}EEEEEvNS_10GemmParamsENS0_4MapsE"
     )
     return (
@@ -107,11 +107,8 @@ def good_log(reader: ModuleType, architectures: tuple[str, ...] = ("sm_80", "sm_
         for name in sorted(reader.expected_kernels(reader.VARIANTS.read_text())):
             family, dtype, tile_m, *rest = name.split()
             if family == "decode":
-                warps_n, warps_k = rest[0].removeprefix("warps").split("x")
-                groups = reader.GROUPS.index(rest[1])
-                log += decode_entry(
-                    reader.DTYPES.index(dtype), int(tile_m[1:]), int(warps_n), int(warps_k), groups, architecture
-                )
+                groups, source = reader.GROUPS.index(rest[0]), reader.SOURCES.index(rest[2])
+                log += decode_entry(reader.DTYPES.index(dtype), source, int(tile_m[1:]), groups, architecture)
                 continue
             stages, grouped = rest
             log += entry(
@@ -132,7 +129,7 @@ def check(reader: ModuleType, tmp_path: Path, text: str, *options: str) -> int:
 def test_a_good_log_passes(reader: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(reader, tmp_path, good_log(reader), "--archs", "80,90a") == 0
     out = capsys.readouterr().out
-    for text in ("gemm bf16 m8 stages5 grouped", "decode f16 m8 warps2x4 unit", "sm_90a", "115"):
+    for text in ("gemm bf16 m8 stages5 grouped", "decode f16 m8 unit from blocks", "sm_90a", "115"):
         assert text in out
 
 
@@ -141,7 +138,7 @@ def test_the_table_of_variants_is_understood(reader: ModuleType) -> None:
     assert {name.split()[1] for name in names} == {"f16", "bf16"}
     assert {name.split()[2] for name in names} >= {"m8", "m16", "m32"}
     assert {name.split()[0] for name in names} == {"gemm", "decode"}
-    assert "decode bf16 m16 warps2x8 part" in names
+    assert "decode bf16 m16 part from marlin" in names
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,15 @@ from kernel_problems import (
     activations,
     dtype_name,
     exact,
+    in_blocks,
     packed_weight,
     relative_error,
+    zero_points,
 )
 from torch import Tensor
 
 from marlin_gptq.kernel import gemm, library
+from marlin_gptq.kernel.decode_blocks import MAX_TOKENS, decode_blocks
 from marlin_gptq.kernel.op import _gemm_with_grid
 from marlin_gptq.kernel.reference import dequantize, scale_column
 
@@ -192,11 +195,13 @@ def test_a_bad_row_stays_alone(m: int, value: float) -> None:
     assert not torch.isfinite(out[m // 2]).any()
 
 
-def raw_gemm(a: Tensor, qweight: Tensor, scales: Tensor, c: Tensor, group_size: int) -> None:
+def raw_gemm(
+    a: Tensor, qweight: Tensor, scales: Tensor, c: Tensor, group_size: int, qzeros: Tensor | None = None
+) -> None:
     """The C function, with an output of our own."""
     handle = library.loaded()
     assert handle is not None
-    pointers = [t.data_ptr() for t in (a, qweight, scales)]
+    pointers = [*(t.data_ptr() for t in (a, qweight, scales)), None if qzeros is None else qzeros.data_ptr()]
     (m, k), n, stream = a.shape, c.shape[1], torch.cuda.current_stream().cuda_stream
     code = handle.marlin_gptq_gemm(
         *pointers, None, c.data_ptr(), m, n, k, a.stride(0), group_size, a.dtype == BFLOAT16, 0, stream, 0, 0
@@ -235,11 +240,13 @@ def test_poisoned_surroundings(m: int, k: int, n: int, group_size: int, dtype: t
     a_guarded, _ = inside_guards(activations(m, k, dtype), NAN)
     q_guarded, _ = inside_guards(qweight, -1)
     s_guarded, _ = inside_guards(scales, NAN)
-    c, whole = inside_guards(torch.full((m, n), NAN, device="cuda", dtype=dtype), 7.0)
-    raw_gemm(a_guarded, q_guarded, s_guarded, c, group_size)
-    assert relative_error(c, exact(a_guarded, qweight, scales, None, group_size)) < LIMIT[dtype]
-    band = 4096 // c.element_size()
-    assert bool((whole[:band] == 7).all()) and bool((whole[-band:] == 7).all())
+    z_guarded, _ = inside_guards(zero_points(k, n, group_size), -1)
+    for qzeros in (None, z_guarded):
+        c, whole = inside_guards(torch.full((m, n), NAN, device="cuda", dtype=dtype), 7.0)
+        raw_gemm(a_guarded, q_guarded, s_guarded, c, group_size, qzeros)
+        assert relative_error(c, exact(a_guarded, qweight, scales, None, group_size, qzeros)) < LIMIT[dtype]
+        band = 4096 // c.element_size()
+        assert bool((whole[:band] == 7).all()) and bool((whole[-band:] == 7).all())
 
 
 @pytest.mark.parametrize("m", [1, 5, 33])
@@ -299,8 +306,18 @@ def test_inputs_from_host_memory(m: int, k: int, n: int, group_size: int) -> Non
         qweight, scales = packed_weight(k, n, group_size, dtype, device="cpu")
         a = activations(m, k, dtype, device="cpu")
         bias = activations(1, n, dtype, seed=3, device="cpu")[0]
+        zeros = zero_points(k, n, group_size, device="cpu")
         on_gpu = [t.cuda() for t in (a, qweight, scales, bias)]
         units = -(-k // 128) * -(-n // 128)
-        for grid, portable in [(0, False), (1, False), (min(3, units), False), (0, True), (min(3, units), True)]:
-            out = _gemm_with_grid(*on_gpu, group_size, grid, portable).cpu()
-            assert relative_error(out, exact(a, qweight, scales, bias, group_size)) < LIMIT[dtype]
+        for qzeros in (None, zeros):
+            expected = exact(a, qweight, scales, bias, group_size, qzeros)
+            z = None if qzeros is None else qzeros.cuda()
+            for grid, portable in [(0, False), (1, False), (min(3, units), False), (0, True), (min(3, units), True)]:
+                out = _gemm_with_grid(*on_gpu, group_size, grid, portable, z).cpu()
+                assert relative_error(out, expected) < LIMIT[dtype]
+            if m <= MAX_TOKENS and torch.cuda.get_device_capability() == (9, 0):
+                blocks, columns = in_blocks(qweight, scales, qzeros, group_size)
+                for grid in (0, 1, min(3, units)):
+                    arguments = (on_gpu[0], blocks.cuda(), None if columns is None else columns.cuda(), on_gpu[3])
+                    out = decode_blocks(*arguments, n, group_size, qzeros is not None, grid).cpu()
+                    assert relative_error(out, expected) < LIMIT[dtype]

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from kernel_problems import activations, packed_weight
+from kernel_problems import activations, packed_weight, zero_points
 from torch import Tensor
 
 from marlin_gptq.kernel import gemm, op, reference
@@ -75,6 +75,14 @@ REFUSED = [
         "group_size: got 48, expected -1, K or one of 32, 64 and 128 that divides K = 256",
     ),
     ({"group_size": 0}, ValueError, "group_size: got 0, expected -1, K or one of"),
+    ({"qzeros": torch.zeros(2, 16).long()}, TypeError, "qzeros: got [2, 16] int64, expected [2, 16] int32"),
+    (
+        {"qzeros": torch.zeros(2, 128).int()},
+        ValueError,
+        "qzeros: got [2, 128] int32, expected [2, 16] int32 (group_size 128)",
+    ),
+    ({"qzeros": torch.zeros(16, 2).int().t()}, ValueError, "qzeros: got strides (1, 2), expected a contiguous"),
+    ({"qzeros": torch.zeros(2, 16, device="meta").int()}, ValueError, "qzeros: got device meta, expected cpu"),
     ({"qweight": torch.zeros(16, 256, device="meta").int()}, ValueError, "qweight: got device meta, expected cpu"),
 ]
 
@@ -94,6 +102,18 @@ def test_group_size_must_divide_k() -> None:
 def test_the_product(group_size: int) -> None:
     arguments = problem(group_size=group_size)
     assert torch.equal(gemm(**arguments), reference.gemm_reference(**arguments))
+
+
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128, 256])
+def test_the_product_with_zero_points(group_size: int) -> None:
+    arguments = problem(group_size=group_size)
+    qzeros = zero_points(256, 128, group_size, device="cpu")
+    out = gemm(**arguments, qzeros=qzeros)
+    assert torch.equal(out, reference.gemm_reference(**arguments, qzeros=qzeros))
+    weight = reference.dequantize(arguments["qweight"], arguments["scales"], group_size, qzeros)
+    expected = arguments["a"].float() @ weight.t() + arguments["bias"].float()
+    torch.testing.assert_close(out.float(), expected, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(out, gemm(**arguments))
 
 
 def test_no_tokens() -> None:
@@ -126,6 +146,10 @@ def test_opcheck(m: int, with_bias: bool) -> None:
     torch.library.opcheck(
         torch.ops.marlin_gptq.gemm.default,
         (arguments["a"], arguments["qweight"], arguments["scales"], bias, 128),
+    )
+    torch.library.opcheck(
+        torch.ops.marlin_gptq.gemm.default,
+        (arguments["a"], arguments["qweight"], arguments["scales"], bias, 128, zero_points(256, 128, 128, device="cpu")),
     )
 
 

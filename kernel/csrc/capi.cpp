@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "core/layout.cuh"
 #include "dispatch/heuristics.h"
 #include "dispatch/launch.h"
 #include "dispatch/workspace.h"
@@ -50,6 +51,80 @@ int check_problem(const Problem& p) {
     return known && p.k % p.group_size == 0 ? 0 : MARLIN_GPTQ_BAD_GROUP_SIZE;
 }
 
+// Operands and what there is to say about them beside the problem.
+struct Call {
+    const void *a, *weights, *scales, *qzeros, *bias;
+    void* c;
+    int64_t lda;
+    bool asymmetric;
+    int32_t dtype, device;
+    void* stream;
+    int32_t grid, flags;
+};
+
+int run(const Problem& problem, const Call& call) {
+    const bool blocks = problem.source == sm90::Source::blocks;
+    if (const int error = check_problem(problem)) return error;
+    if (call.dtype != 0 && call.dtype != 1) return MARLIN_GPTQ_BAD_DTYPE;
+    if (problem.m == 0) return 0;
+    if (call.lda < problem.k || call.lda % 8 != 0) return MARLIN_GPTQ_BAD_STRIDE;
+    const bool needs_scales = !blocks || !is_grouped(problem);
+    if (call.a == nullptr || call.weights == nullptr || (needs_scales && call.scales == nullptr) || call.c == nullptr ||
+        !aligned(call.a, 16) || !aligned(call.weights, blocks ? 128 : 16) || !aligned(call.scales, 16) ||
+        !aligned(call.qzeros, 16) || !aligned(call.bias, 8) || !aligned(call.c, 8))
+        return MARLIN_GPTQ_BAD_POINTER;
+
+    DeviceInfo info;
+    if (const cudaError_t error = device_info(call.device, &info)) return reported(error);
+    if (info.compute_capability < 80) return MARLIN_GPTQ_OLD_DEVICE;
+    const DeviceGuard guard(call.device);
+    if (guard.error() != cudaSuccess) return reported(guard.error());
+
+    const bool portable =
+        (call.flags & MARLIN_GPTQ_PORTABLE) || info.compute_capability < 90 || !sm90::decode_compiled(call.device);
+    Plan plan = choose_config(problem, {info.sms, info.shared_bytes_per_sm, portable ? 80 : info.compute_capability});
+    if (plan.units == 0) return MARLIN_GPTQ_NO_BLOCKS;
+    const auto stream = static_cast<cudaStream_t>(call.stream);
+    Workspace workspace;
+    if (const cudaError_t error = workspace_for(call.device, stream, &workspace)) return reported(error);
+    const size_t most = std::min<size_t>(workspace.max_grid, workspace.slot_bytes / (2 * plan.partial_bytes));
+    if (call.grid != 0) {
+        if (call.grid < 0 || call.grid > plan.units || static_cast<size_t>(call.grid) > most) return MARLIN_GPTQ_BAD_GRID;
+        plan.grid = call.grid;
+    }
+    if (plan.units / plan.grid >= INT_MAX) return MARLIN_GPTQ_BAD_SHAPE;
+
+    GemmParams params{};
+    params.a = call.a;
+    params.qweight = static_cast<const uint32_t*>(call.weights);
+    params.scales = call.scales;
+    params.qzeros = static_cast<const uint32_t*>(call.qzeros);
+    params.bias = call.bias;
+    params.c = call.c;
+    params.slots = workspace.slots;
+    params.tickets = workspace.tickets;
+    params.lda = call.lda;
+    params.units = plan.units;
+    params.m = static_cast<int>(problem.m);
+    params.n = static_cast<int>(problem.n);
+    params.k = static_cast<int>(problem.k);
+    params.m_tiles = plan.m_tiles;
+    params.k_tiles = plan.k_tiles;
+    params.asymmetric = call.asymmetric;
+    params.ring_slots = plan.stages;
+    params.shared_bytes = static_cast<int>(plan.shared_bytes);
+    params.overlap = (call.flags & MARLIN_GPTQ_OVERLAP) != 0;
+    params.units_each = static_cast<int>(plan.units / plan.grid);
+    params.units_rest = static_cast<int>(plan.units % plan.grid);
+    if (plan.grouped) {
+        params.group_shift = problem.group_size == 128 ? 2 : problem.group_size == 64 ? 1 : 0;
+        params.groups = static_cast<int>(problem.k / problem.group_size);
+    }
+    const int scale_rows = plan.grouped ? kTileK / static_cast<int>(problem.group_size) : 0;
+    params.block_bytes = layout::block_bytes(scale_rows, call.asymmetric ? std::max(scale_rows, 1) : 0);
+    return reported(launch(static_cast<DType>(call.dtype), plan, params, call.device, stream));
+}
+
 }  // namespace
 
 int marlin_gptq_abi_version(void) { return MARLIN_GPTQ_ABI_VERSION; }
@@ -61,10 +136,11 @@ const char* marlin_gptq_error_string(int code) {
         case MARLIN_GPTQ_BAD_GROUP_SIZE: return "group_size: needs -1, k, or 32, 64 or 128 dividing k";
         case MARLIN_GPTQ_BAD_DTYPE: return "dtype: needs 0 (float16) or 1 (bfloat16)";
         case MARLIN_GPTQ_BAD_POINTER:
-            return "pointer: a, qweight and scales need 16-byte alignment, bias and c 8-byte alignment";
+            return "pointer: a, qweight, scales and qzeros need 16-byte alignment, blocks 128-byte, bias and c 8-byte alignment";
         case MARLIN_GPTQ_BAD_STRIDE: return "lda: needs at least k, and a multiple of 8";
         case MARLIN_GPTQ_BAD_GRID: return "grid: needs 1 to min(units of work, 2 blocks per multiprocessor)";
         case MARLIN_GPTQ_OLD_DEVICE: return "device: needs compute capability 8.0 or newer";
+        case MARLIN_GPTQ_NO_BLOCKS: return "blocks: need compute capability 9.0 and at most 32 tokens";
         default: return code > 0 ? cudaGetErrorString(static_cast<cudaError_t>(code)) : "unknown error code";
     }
 }
@@ -93,61 +169,18 @@ int marlin_gptq_plan(int64_t m, int64_t n, int64_t k, int64_t group_size, int32_
     return 0;
 }
 
-int marlin_gptq_gemm(const void* a, const void* qweight, const void* scales, const void* bias, void* c, int64_t m,
-                     int64_t n, int64_t k, int64_t lda, int64_t group_size, int32_t dtype, int32_t device,
-                     void* stream_handle, int32_t grid, int32_t flags) {
-    const Problem problem{m, n, k, group_size};
-    if (const int error = check_problem(problem)) return error;
-    if (dtype != 0 && dtype != 1) return MARLIN_GPTQ_BAD_DTYPE;
-    if (m == 0) return 0;
-    if (lda < k || lda % 8 != 0) return MARLIN_GPTQ_BAD_STRIDE;
-    if (a == nullptr || qweight == nullptr || scales == nullptr || c == nullptr || !aligned(a, 16) ||
-        !aligned(qweight, 16) || !aligned(scales, 16) || !aligned(bias, 8) || !aligned(c, 8))
-        return MARLIN_GPTQ_BAD_POINTER;
+int marlin_gptq_gemm(const void* a, const void* qweight, const void* scales, const void* qzeros, const void* bias,
+                     void* c, int64_t m, int64_t n, int64_t k, int64_t lda, int64_t group_size, int32_t dtype,
+                     int32_t device, void* stream, int32_t grid, int32_t flags) {
+    return run({m, n, k, group_size}, {a, qweight, scales, qzeros, bias, c, lda, qzeros != nullptr, dtype, device, stream,
+                                       grid, flags});
+}
 
-    DeviceInfo info;
-    if (const cudaError_t error = device_info(device, &info)) return reported(error);
-    if (info.compute_capability < 80) return MARLIN_GPTQ_OLD_DEVICE;
-    const DeviceGuard guard(device);
-    if (guard.error() != cudaSuccess) return reported(guard.error());
-
-    const bool portable = (flags & MARLIN_GPTQ_PORTABLE) || info.compute_capability < 90 || !sm90::decode_compiled(device);
-    Plan plan = choose_config(problem, {info.sms, info.shared_bytes_per_sm, portable ? 80 : info.compute_capability});
-    const auto stream = static_cast<cudaStream_t>(stream_handle);
-    Workspace workspace;
-    if (const cudaError_t error = workspace_for(device, stream, &workspace)) return reported(error);
-    const size_t blocks = std::min<size_t>(workspace.max_grid, workspace.slot_bytes / (2 * plan.partial_bytes));
-    if (grid != 0) {
-        if (grid < 0 || grid > plan.units || static_cast<size_t>(grid) > blocks) return MARLIN_GPTQ_BAD_GRID;
-        plan.grid = grid;
-    }
-    if (plan.units / plan.grid >= INT_MAX) return MARLIN_GPTQ_BAD_SHAPE;
-
-    GemmParams params{};
-    params.a = a;
-    params.qweight = static_cast<const uint32_t*>(qweight);
-    params.scales = scales;
-    params.bias = bias;
-    params.c = c;
-    params.slots = workspace.slots;
-    params.tickets = workspace.tickets;
-    params.lda = lda;
-    params.units = plan.units;
-    params.m = static_cast<int>(m);
-    params.n = static_cast<int>(n);
-    params.k = static_cast<int>(k);
-    params.m_tiles = plan.m_tiles;
-    params.k_tiles = plan.k_tiles;
-    params.ring_slots = plan.stages;
-    params.shared_bytes = static_cast<int>(plan.shared_bytes);
-    params.overlap = (flags & MARLIN_GPTQ_OVERLAP) != 0;
-    params.units_each = static_cast<int>(plan.units / plan.grid);
-    params.units_rest = static_cast<int>(plan.units % plan.grid);
-    if (plan.grouped) {
-        params.group_shift = group_size == 128 ? 2 : group_size == 64 ? 1 : 0;
-        params.groups = static_cast<int>(k / group_size);
-    }
-    return reported(launch(static_cast<DType>(dtype), plan, params, device, stream));
+int marlin_gptq_decode_blocks(const void* a, const void* blocks, const void* scales, const void* bias, void* c, int64_t m,
+                              int64_t n, int64_t k, int64_t lda, int64_t group_size, int32_t asymmetric, int32_t dtype,
+                              int32_t device, void* stream, int32_t grid, int32_t flags) {
+    return run({m, n, k, group_size, sm90::Source::blocks},
+               {a, blocks, scales, nullptr, bias, c, lda, asymmetric != 0, dtype, device, stream, grid, flags});
 }
 
 int marlin_gptq_dirty_tickets(int32_t device, int64_t* dirty, int32_t* workspaces) {

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define MARLIN_GPTQ_ABI_VERSION 2
+#define MARLIN_GPTQ_ABI_VERSION 3
 
 #if defined(__cplusplus)
 #define MARLIN_GPTQ_API extern "C" __attribute__((visibility("default")))
@@ -22,6 +22,7 @@ enum {
     MARLIN_GPTQ_BAD_STRIDE = -5,
     MARLIN_GPTQ_BAD_GRID = -6,
     MARLIN_GPTQ_OLD_DEVICE = -7,
+    MARLIN_GPTQ_NO_BLOCKS = -10,
 };
 
 /* dtype: 0 float16, 1 bfloat16. */
@@ -54,14 +55,24 @@ MARLIN_GPTQ_API int marlin_gptq_plan(int64_t m, int64_t n, int64_t k, int64_t gr
                                      int32_t shared_bytes_per_sm, int32_t compute_capability, struct marlin_gptq_plan_t* plan);
 
 /* c[m, n] = a[m, k] (row stride lda >= k) times the weight [k, n] packed in qweight [k/16, 2n] int32, with scales
- * [groups, n] and, unless null, bias [n]. All in device memory of `device`; a, scales, bias and c are of `dtype`.
+ * [groups, n] and, unless null, zero points qzeros [groups, n/8] int32 (null: 8 everywhere) and bias [n]. All in device
+ * memory of `device`; a, scales, bias and c are of `dtype`.
  * k % 16 == 0, n % 64 == 0, lda % 8 == 0; group_size -1 or k (one scale per column), 32, 64 or 128 (dividing k); a,
- * qweight, scales aligned to 16 bytes, c and bias to 8. Returns once the work is queued on `stream`. Deterministic.
+ * qweight, scales, qzeros aligned to 16 bytes, c and bias to 8. Returns once the work is queued on `stream`. Deterministic.
  * grid: 0, or a number of blocks to force (for tests).
  * flags: 0 or a sum of the two below. */
-MARLIN_GPTQ_API int marlin_gptq_gemm(const void* a, const void* qweight, const void* scales, const void* bias, void* c,
-                                     int64_t m, int64_t n, int64_t k, int64_t lda, int64_t group_size, int32_t dtype,
-                                     int32_t device, void* stream, int32_t grid, int32_t flags);
+MARLIN_GPTQ_API int marlin_gptq_gemm(const void* a, const void* qweight, const void* scales, const void* qzeros,
+                                     const void* bias, void* c, int64_t m, int64_t n, int64_t k, int64_t lda, int64_t group_size,
+                                     int32_t dtype, int32_t device, void* stream, int32_t grid, int32_t flags);
+
+/* The same for at most 32 tokens and weights in blocks of 128 channels x 128 k (kernel/blocked.py), on compute capability
+ * 9.0 alone: blocks [ceil(n/128), ceil(k/128)] of 8192 bytes of codes, then, unless there is one scale per column, scales,
+ * then, where asymmetric is not 0, zero points. scales: [n] in natural order where there is one per column, else null.
+ * blocks aligned to 128 bytes. MARLIN_GPTQ_NO_BLOCKS: not for this device or this m. */
+MARLIN_GPTQ_API int marlin_gptq_decode_blocks(const void* a, const void* blocks, const void* scales, const void* bias,
+                                              void* c, int64_t m, int64_t n, int64_t k, int64_t lda, int64_t group_size,
+                                              int32_t asymmetric, int32_t dtype, int32_t device, void* stream,
+                                              int32_t grid, int32_t flags);
 
 /* For tests: how many reduction tickets of `device` are not zero (0 when nothing is running), over how many workspaces.
  * Synchronizes the device. */

@@ -15,7 +15,7 @@ constexpr int kTileN = 128;        // output channels of a tile
 constexpr int kTileK = 128;        // k of a stage (one unit of work)
 constexpr int kMaxTileM = 32;      // tokens of the largest tile: sizes the workspace (a wider tile: fewer blocks)
 constexpr int kMaxCtasPerSm = 2;   // of any variant: sizes the workspace
-constexpr int kTicketsPerBlock = 8;  // of the workspace: one per computing warp
+constexpr int kTicketsPerBlock = 16;  // of the workspace: one per computing warp
 constexpr int kMinGroupSize = 32;  // so that the 32 k of a warp never straddle two groups
 
 constexpr size_t kMaxSharedBytes = 99 * 1024;  // what one block may use on sm_86, 89 and 120
@@ -31,14 +31,17 @@ struct Config {
     static constexpr bool kGrouped = kGroupedArg;
     static constexpr int kCtasPerSm = kCtasPerSmArg;
 
-    // One stage of the ring: weights, then activations, then scales.
+    // One stage of the ring: weights, activations, scales, zero points.
     static constexpr int kWeightBytes = kTileN * kTileK / 2;
     static constexpr int kActivationBytes = kTileM * kTileK * 2;
     static constexpr int kScaleRows = kGrouped ? kTileK / kMinGroupSize : 0;
     static constexpr int kScaleRowBytes = kTileN * 2;
+    static constexpr int kZeroRows = kGrouped ? kScaleRows : 1;
+    static constexpr int kZeroRowBytes = kTileN / 2;
     static constexpr int kActivationOffset = kWeightBytes;
     static constexpr int kScaleOffset = kWeightBytes + kActivationBytes;
-    static constexpr int kStageBytes = kScaleOffset + kScaleRows * kScaleRowBytes;
+    static constexpr int kZeroOffset = kScaleOffset + kScaleRows * kScaleRowBytes;
+    static constexpr int kStageBytes = kZeroOffset + kZeroRows * kZeroRowBytes;
 
     // Behind the ring, so that prefetching goes on during a reduction: FP32 partials of 8 tokens x 128 channels from
     // each of the k-warps. Rows are padded by 4 floats, which makes both the fragment writes and the row reads free of

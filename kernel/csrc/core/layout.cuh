@@ -52,6 +52,16 @@ MARLIN_GPTQ_HD constexpr int scale_column_per_channel(int n) {
 MARLIN_GPTQ_HD constexpr int zero_word(int n) { return 8 * (n >> 6) + (n & 7); }
 MARLIN_GPTQ_HD constexpr int zero_nibble(int n) { return 4 * ((n >> 3) & 1) + 2 * ((n >> 5) & 1) + ((n >> 4) & 1); }
 
+// ---- blocks of 128 channels x 128 k (kernel/blocked.py), the run-time layout of sm_90: bytes within a block ----
+// The same words in another order: lane L owns 16 bytes at 16 L of every part, and a part is 16 channels x 64 k, so that a
+// load brings four k16 steps of one channel tile. Behind the codes, for each group: scales as pairs (channel r, r + 8)
+// of each tile of 16, zero points likewise with one byte each.
+constexpr int kBlockCodeBytes = 8192, kBlockScaleRowBytes = 256, kBlockZeroRowBytes = 128;
+MARLIN_GPTQ_HD constexpr int block_bytes(int scale_rows, int zero_rows) {
+    return kBlockCodeBytes + scale_rows * kBlockScaleRowBytes + zero_rows * kBlockZeroRowBytes;
+}
+MARLIN_GPTQ_HD constexpr int block_part_bytes(int step, int tile) { return 512 * (8 * (step >> 2) + tile); }
+
 // ---- shared memory: activations, one row of 16 chunks of 16 bytes per token ----
 // Chunk c of row r lies at c ^ (r mod 8): the 8 rows of an ldmatrix and the 8 chunks of a cp.async quarter-warp each
 // meet 8 different groups of banks.

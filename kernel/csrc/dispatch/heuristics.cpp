@@ -11,21 +11,21 @@ struct Row {
     int64_t max_m;
     int64_t min_units;  // of the whole problem, for each SM; decode only
     Family family;
-    int tile_m, warps_k, slots;
+    int tile_m, slots;
     const char* reason;
 };
 
 // The first row whose max_m is not below m, among those that the device and the size of the problem allow. Measured on one
 // H200, group size 128, weights from memory.
 constexpr Row kRows[] = {
-    {8, 64, Family::decode, 8, 4, 12, "at most 8 tokens, long streams: 96 KB of weights on their way (12 slots 63 us, 8 slots 66)"},
-    {8, 0, Family::decode, 8, 4, 8, "at most 8 tokens, short streams: 64 KB, since a longer queue delays some blocks (12.7 us, 13.1)"},
-    {16, 64, Family::decode, 16, 8, 16, "at most 16 tokens, long streams: 16 warps (71 us; with 8 warps 78)"},
-    {16, 0, Family::decode, 16, 4, 8, "at most 16 tokens, short streams: 8 warps add up sooner (15.3 us; with 16 warps 16.9)"},
-    {32, 0, Family::decode, 32, 4, 8, "at most 32 tokens: tiles of 128 channels (10.1 us for the smallest layer, 12.2 with 256)"},
-    {8, 0, Family::ring, 8, kWarpsK, 0, "at most 8 tokens: one mma per packed word, none of its columns idle"},
-    {16, 0, Family::ring, 16, kWarpsK, 0, "at most 16 tokens: weights are read once, two mma per packed word"},
-    {INT64_MAX, 0, Family::ring, 32, kWarpsK, 0, "more than 16 tokens: tiles of 32, weights of a column re-read from L2"},
+    {8, 64, Family::decode, 8, 12, "at most 8 tokens, long streams: 96 KB of weights on their way"},
+    {8, 0, Family::decode, 8, 8, "at most 8 tokens, short streams: 64 KB, since a longer queue delays some blocks"},
+    {16, 64, Family::decode, 16, 12, "at most 16 tokens, long streams"},
+    {16, 0, Family::decode, 16, 8, "at most 16 tokens, short streams"},
+    {32, 0, Family::decode, 32, 8, "at most 32 tokens: as deep a ring as shared memory holds"},
+    {8, 0, Family::ring, 8, 0, "at most 8 tokens: one mma per packed word, none of its columns idle"},
+    {16, 0, Family::ring, 16, 0, "at most 16 tokens: weights are read once, two mma per packed word"},
+    {INT64_MAX, 0, Family::ring, 32, 0, "more than 16 tokens: tiles of 32, weights of a column re-read from L2"},
 };
 
 struct Shape {
@@ -43,22 +43,22 @@ constexpr Shape kShapes[] = {
 };
 
 struct DecodeShape {
-    int tile_m, tile_n;
+    int tile_m;
     sm90::Groups groups;
-    int warps_k, threads;
-    size_t slot_bytes, weight_bytes, tail_bytes;
+    sm90::Source source;
+    int tile_n, warps_k, threads;
+    size_t slot_bytes, tail_bytes;
 };
 
 template <class Cfg>
 constexpr DecodeShape decode_shape() {
-    return {Cfg::kTileM,   Cfg::kTileN,     Cfg::kGroups,      Cfg::kWarpsK,
-            Cfg::kThreads, Cfg::kSlotBytes, Cfg::kWeightBytes, Cfg::kTailBytes};
+    return {Cfg::kTileM,  Cfg::kGroups,  Cfg::kSource,    Cfg::kTileN,
+            Cfg::kWarpsK, Cfg::kThreads, Cfg::kSlotBytes, Cfg::kTailBytes};
 }
 
 constexpr DecodeShape kDecodeShapes[] = {
-#define MARLIN_GPTQ_SHAPE(dtype, tile_m, warps_n, warps_k, groups) \
-    decode_shape<sm90::DecodeConfig<DType::dtype, tile_m, warps_n, warps_k, sm90::Groups::groups>>(),
-    MARLIN_GPTQ_DECODE_TILES(MARLIN_GPTQ_SHAPE, f16)
+#define MARLIN_GPTQ_SHAPE(...) decode_shape<MARLIN_GPTQ_DECODE_CONFIG(__VA_ARGS__)>(),
+    MARLIN_GPTQ_DECODE_SOURCES(MARLIN_GPTQ_SHAPE, f16)
 #undef MARLIN_GPTQ_SHAPE
 };
 
@@ -77,7 +77,7 @@ bool plan_decode(const Problem& problem, const DeviceShape& device, const Row& r
     // Measured on 9.0 alone; newer GPUs with tensor maps may follow once somebody has run it there.
     if (device.compute_capability != 90 || units < row.min_units * device.sms || units > INT32_MAX) return false;
     for (const DecodeShape& shape : kDecodeShapes) {
-        if (shape.tile_m != row.tile_m || shape.warps_k != row.warps_k || shape.groups != groups_of(problem)) continue;
+        if (shape.tile_m != row.tile_m || shape.groups != groups_of(problem) || shape.source != problem.source) continue;
         // Every row of warps along k has as many slots, two at least: one fills while the other is computed.
         const int64_t ring = device.shared_bytes_per_sm - kSystemBytes - static_cast<int64_t>(shape.tail_bytes);
         const int64_t fitting = ring / static_cast<int64_t>(shape.slot_bytes) / shape.warps_k * shape.warps_k;
@@ -85,11 +85,10 @@ bool plan_decode(const Problem& problem, const DeviceShape& device, const Row& r
         if (plan->stages < 2 * shape.warps_k) return false;
         plan->tile_n = shape.tile_n;
         plan->groups = shape.groups;
+        plan->source = shape.source;
         plan->ctas_per_sm = 1;
         plan->threads = shape.threads;
-        // More than half of an SM: a grid that starts while the last one ends must not put two blocks on one SM.
-        plan->shared_bytes = std::max<size_t>(plan->stages * shape.slot_bytes + shape.tail_bytes,
-                                              static_cast<size_t>(device.shared_bytes_per_sm) / 2);
+        plan->shared_bytes = plan->stages * shape.slot_bytes + shape.tail_bytes;
         return true;
     }
     return false;
@@ -115,7 +114,7 @@ Plan choose_config(const Problem& problem, const DeviceShape& device) {
     Plan plan;
     plan.grouped = is_grouped(problem);
     for (const Row& row : kRows) {
-        if (problem.m > row.max_m) continue;
+        if (problem.m > row.max_m || (row.family == Family::ring && problem.source != sm90::Source::marlin)) continue;
         if (row.family == Family::decode ? !plan_decode(problem, device, row, &plan) : !plan_ring(device, row, &plan))
             continue;
         plan.family = row.family;
@@ -123,6 +122,7 @@ Plan choose_config(const Problem& problem, const DeviceShape& device) {
         plan.reason = row.reason;
         break;
     }
+    if (plan.reason == nullptr) return plan;
     const int64_t m_tiles = ceil_div(problem.m, plan.tile_m);
     const int64_t n_tiles = ceil_div(problem.n, plan.tile_n);
     const int64_t k_tiles = ceil_div(problem.k, kTileK);
@@ -138,7 +138,7 @@ Plan choose_config(const Problem& problem, const DeviceShape& device) {
         if (n_tiles * splits <= plan.grid && n_tiles * splits * 100 >= int64_t{plan.grid} * kAlignedPercent && splits <= k_tiles)
             plan.grid = static_cast<int>(n_tiles * splits);
     }
-    plan.partial_bytes = size_t{16} * plan.threads * (plan.tile_m / 8);  // 16 bytes a thread for every 8 tokens
+    plan.partial_bytes = size_t{4} * plan.tile_m * plan.tile_n;
     return plan;
 }
 

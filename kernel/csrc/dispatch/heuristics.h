@@ -13,6 +13,7 @@ struct Problem {
     int64_t n;           // output channels
     int64_t k;           // input channels
     int64_t group_size;  // k per scale; -1: one scale per column
+    sm90::Source source = sm90::Source::marlin;
 };
 
 struct DeviceShape {
@@ -31,6 +32,7 @@ struct Plan {
     int threads = 0;
     bool grouped = false;
     sm90::Groups groups = sm90::Groups::column;  // of the decode family
+    sm90::Source source = sm90::Source::marlin;
     int ctas_per_sm = 0;
     int m_tiles = 0;
     int n_tiles = 0;
@@ -45,7 +47,8 @@ struct Plan {
 // Problem with no scale per group: one scale for the whole column.
 constexpr bool is_grouped(const Problem& p) { return p.group_size > 0 && p.group_size < p.k; }
 
-// `m` at least 1 and the shape valid (see capi.h). Never fails on those.
+// `m` at least 1 and the shape valid (see capi.h). Never fails on the Marlin layout; weights in blocks have a plan (units
+// > 0) for up to 32 tokens on compute capability 9.0.
 Plan choose_config(const Problem& problem, const DeviceShape& device);
 
 }  // namespace marlin_gptq

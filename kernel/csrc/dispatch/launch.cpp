@@ -23,25 +23,28 @@ const Variant kVariants[] = {
 
 struct DecodeVariant {
     DType dtype;
-    int tile_m, tile_n, threads;
+    sm90::Source source;
+    int tile_m;
     sm90::Groups groups;
     cudaError_t (*launch)(const GemmParams&, const sm90::Maps&, int, int, cudaStream_t);
 };
 
+template <class Cfg>
+constexpr DecodeVariant decode_variant() {
+    return {Cfg::kDtype, Cfg::kSource, Cfg::kTileM, Cfg::kGroups, &sm90::launch_decode<Cfg>};
+}
+
 const DecodeVariant kDecodeVariants[] = {
-#define MARLIN_GPTQ_VARIANT(dtype, tile_m, warps_n, warps_k, groups)                                   \
-    {DType::dtype, tile_m, 64 * warps_n, 32 * warps_n * warps_k, sm90::Groups::groups,                 \
-     &sm90::launch_decode<sm90::DecodeConfig<DType::dtype, tile_m, warps_n, warps_k, sm90::Groups::groups>>},
+#define MARLIN_GPTQ_VARIANT(...) decode_variant<MARLIN_GPTQ_DECODE_CONFIG(__VA_ARGS__)>(),
     MARLIN_GPTQ_DECODE_VARIANTS(MARLIN_GPTQ_VARIANT)
 #undef MARLIN_GPTQ_VARIANT
 };
 
 cudaError_t launch_decode(DType dtype, const Plan& plan, const GemmParams& params, int device, cudaStream_t stream) {
     sm90::Maps maps;
-    if (const cudaError_t error = sm90::make_maps(params, plan.tile_m, &maps)) return error;
+    if (const cudaError_t error = sm90::make_maps(params, plan.source, plan.tile_m, &maps)) return error;
     for (const DecodeVariant& variant : kDecodeVariants) {
-        if (variant.dtype == dtype && variant.tile_m == plan.tile_m && variant.tile_n == plan.tile_n &&
-            variant.threads == plan.threads &&
+        if (variant.dtype == dtype && variant.source == plan.source && variant.tile_m == plan.tile_m &&
             variant.groups == plan.groups)
             return variant.launch(params, maps, plan.grid, device, stream);
     }

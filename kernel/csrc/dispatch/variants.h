@@ -12,25 +12,31 @@
     X(dtype, 32, 4, true, 1)        \
     X(dtype, 32, 4, false, 2)
 
-//                               tokens per tile, warps along n (64 channels each) and k, scales
-#define MARLIN_GPTQ_DECODE_TILES(X, dtype) \
-    X(dtype, 8, 2, 4, unit)                \
-    X(dtype, 8, 2, 4, part)                \
-    X(dtype, 8, 2, 4, column)              \
-    X(dtype, 16, 2, 4, unit)               \
-    X(dtype, 16, 2, 4, part)               \
-    X(dtype, 16, 2, 4, column)             \
-    X(dtype, 16, 2, 8, unit)               \
-    X(dtype, 16, 2, 8, part)               \
-    X(dtype, 16, 2, 8, column)             \
-    X(dtype, 32, 2, 4, unit)               \
-    X(dtype, 32, 2, 4, part)               \
-    X(dtype, 32, 2, 4, column)
+//                                tokens per tile, scales
+#define MARLIN_GPTQ_DECODE_TILES(X, dtype, source) \
+    X(dtype, source, 8, unit)                      \
+    X(dtype, source, 8, part)                      \
+    X(dtype, source, 8, column)                    \
+    X(dtype, source, 16, unit)                     \
+    X(dtype, source, 16, part)                     \
+    X(dtype, source, 16, column)                   \
+    X(dtype, source, 32, unit)                     \
+    X(dtype, source, 32, part)                     \
+    X(dtype, source, 32, column)
+
+// Both layouts of weights (Source in sm90/config.h) have the same tiles.
+#define MARLIN_GPTQ_DECODE_SOURCES(X, dtype)   \
+    MARLIN_GPTQ_DECODE_TILES(X, dtype, marlin) \
+    MARLIN_GPTQ_DECODE_TILES(X, dtype, blocks)
+
+// What a row of the table names, for a file within the namespace marlin_gptq.
+#define MARLIN_GPTQ_DECODE_CONFIG(dtype, source, tile_m, groups) \
+    sm90::DecodeConfig<DType::dtype, sm90::Source::source, tile_m, sm90::Groups::groups>
 
 #define MARLIN_GPTQ_VARIANTS(X) \
     MARLIN_GPTQ_TILES(X, f16)   \
     MARLIN_GPTQ_TILES(X, bf16)
 
 #define MARLIN_GPTQ_DECODE_VARIANTS(X) \
-    MARLIN_GPTQ_DECODE_TILES(X, f16)   \
-    MARLIN_GPTQ_DECODE_TILES(X, bf16)
+    MARLIN_GPTQ_DECODE_SOURCES(X, f16) \
+    MARLIN_GPTQ_DECODE_SOURCES(X, bf16)

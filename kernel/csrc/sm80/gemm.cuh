@@ -9,6 +9,7 @@
 //     stage   weights      8 rows of k16, each 2 x 512 B (64 channels; 16 B per lane)
 //             activations  one row of 256 B per token, chunks swizzled
 //             scales       up to 4 rows of 256 B (group_size 32)
+//             zero points  up to 4 rows of 64 B
 //
 // Blocks are persistent and walk their share of the unit stream (core/scheduler.cuh); loading runs kStages - 1 units
 // ahead, across tile boundaries.
@@ -20,6 +21,7 @@
 #include "core/params.h"
 #include "core/reduce.cuh"
 #include "core/scheduler.cuh"
+#include "core/zeros.cuh"
 #include "ptx/ldst.cuh"
 #include "ptx/mma.cuh"
 #include "sm80/launch.h"
@@ -39,6 +41,7 @@ class Loader {
         load_weights(stage);
         load_activations(stage);
         if constexpr (Cfg::kGrouped) load_scales(stage);
+        if (p_.asymmetric) load_zeros(stage);
         advance();
     }
 
@@ -114,6 +117,19 @@ class Loader {
         const uint32_t to = stage + Cfg::kScaleOffset + scale_row() * Cfg::kScaleRowBytes + chunk16() * 16;
         ptx::cp_async_16(to, scales_, inside);
     }
+
+    // The same for zero points: 4 chunks a row, and one row for all k where scales are per column.
+    __device__ __forceinline__ void load_zeros(uint32_t stage) const {
+        int thread = threadIdx.x;
+        asm volatile("" : "+r"(thread));  // as in add_zero_points
+        const int row = thread / 4, chunk = thread % 4;
+        const int rows = Cfg::kGrouped ? groups_per_tile() : 1;
+        if (row >= rows) return;
+        const int group = Cfg::kGrouped ? cursor_.k_tile * rows + row : 0;
+        const bool inside = group < (Cfg::kGrouped ? p_.groups : 1) && n0_ + 32 * chunk < p_.n;
+        const uint32_t* from = p_.qzeros + static_cast<int64_t>(group) * (p_.n / 8) + n0_ / 8 + 4 * chunk;
+        ptx::cp_async_16(stage + Cfg::kZeroOffset + row * Cfg::kZeroRowBytes + chunk * 16, from, inside);
+    }
 };
 
 // One stage into the totals of this warp: 64 channels x kTileM tokens x 32 k.
@@ -182,6 +198,41 @@ __device__ __forceinline__ void multiply_stage(uint32_t stage, int group_shift, 
     }
 }
 
+// What zero points other than 8 add to the totals of this warp over one stage (core/zeros.cuh).
+template <class Cfg>
+__device__ __forceinline__ void add_zero_points(uint32_t stage, int group_shift, Accumulators<Cfg>& total) {
+    constexpr DType kDtype = Cfg::kDtype;
+    constexpr int kBlocks = Cfg::kTileM / 8;
+    int thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));  // what follows from it is computed here: kept over the loop, it would spill
+    const int lane = thread % 32, warp = thread / 32;
+    const int warp_n = warp % kWarpsN, warp_k = warp / kWarpsN;
+    const int group = Cfg::kGrouped ? warp_k >> group_shift : 0;
+
+    const int row = lane % 8, chunk = warp_k * 4 + lane / 8;
+    const uint32_t activations =
+        stage + Cfg::kActivationOffset + row * (kTileK * 2) + layout::swizzled_chunk(row, chunk) * 16;
+    const uint32_t zeros = stage + Cfg::kZeroOffset + group * Cfg::kZeroRowBytes + warp_n * 32 + lane / 4 * 4;
+    const uint32_t scales = stage + Cfg::kScaleOffset + group * Cfg::kScaleRowBytes + warp_n * 128 + lane / 4 * 16;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+        uint32_t tokens[4];
+        ptx::ldmatrix_x4(tokens, activations + b * 8 * (kTileK * 2));
+        float sums[4] = {0.f, 0.f, 0.f, 0.f};
+        add_tokens<kDtype>(tokens, sums);
+        const uint32_t word = ptx::load_shared_4(zeros);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float2 offset = zero_offsets(word, j);
+            if constexpr (Cfg::kGrouped) {
+                const float2 scale = unpack_pair<kDtype>(ptx::load_shared_4(scales + 4 * j));
+                offset = {offset.x * scale.x, offset.y * scale.y};  // exact: 11 bits times 4
+            }
+            add_offsets(offset, sums, total[j][b]);
+        }
+    }
+}
+
 template <class Cfg>
 __device__ __forceinline__ void clear(Accumulators<Cfg>& acc) {
 #pragma unroll
@@ -227,6 +278,7 @@ __global__ void __launch_bounds__(kThreads, Cfg::kCtasPerSm) gemm_kernel(const _
         if (i + Cfg::kStages - 1 < count) loader.load(write);
         ptx::cp_async_commit();
         multiply_stage<Cfg>(read, p.group_shift, acc);
+        if (p.asymmetric) add_zero_points<Cfg>(read, p.group_shift, acc);
         read = next_stage(read);
         write = next_stage(write);
 

@@ -3,10 +3,10 @@
 
 namespace marlin_gptq::sm90 {
 
-#define MARLIN_GPTQ_INSTANTIATE(dtype, tile_m, warps_n, warps_k, groups)                                         \
-    template cudaError_t launch_decode<DecodeConfig<DType::dtype, tile_m, warps_n, warps_k, Groups::groups>>( \
+#define MARLIN_GPTQ_INSTANTIATE(...)                                               \
+    template cudaError_t launch_decode<MARLIN_GPTQ_DECODE_CONFIG(__VA_ARGS__)>( \
         const GemmParams&, const Maps&, int, int, cudaStream_t);
-MARLIN_GPTQ_DECODE_TILES(MARLIN_GPTQ_INSTANTIATE, bf16)
+MARLIN_GPTQ_DECODE_SOURCES(MARLIN_GPTQ_INSTANTIATE, bf16)
 #undef MARLIN_GPTQ_INSTANTIATE
 
 }  // namespace marlin_gptq::sm90

@@ -11,8 +11,8 @@
 
 namespace marlin_gptq::sm90 {
 
-// How the copy engine sees the operands: weights as [k/16, 2n] words in boxes of 8 x 256, activations as [m, k] in boxes
-// of tile_m x 64, swizzled by 128 bytes. Past the edges it delivers zeros.
+// How the copy engine sees the operands: weights in the Marlin layout as [k/16, 2n] words in boxes of 8 x 256 (blocks need
+// no map), activations as [m, k] in boxes of tile_m x 64, swizzled by 128 bytes. Past the edges it delivers zeros.
 struct Maps {
     CUtensorMap weights, activations;
 };
@@ -20,7 +20,7 @@ struct Maps {
 // Whether this library has decode kernels for the current device `device`, of compute capability 9.0.
 bool decode_compiled(int device);
 
-cudaError_t make_maps(const GemmParams& params, int tile_m, Maps* maps);
+cudaError_t make_maps(const GemmParams& params, Source source, int tile_m, Maps* maps);
 
 // The grid may be started before the previous one has ended: it sets itself up, and where params.overlap says so reads
 // weights and scales, then waits.

@@ -30,12 +30,13 @@ bool encode(Encode function, CUtensorMap* map, CUtensorMapDataType type, const v
 
 }  // namespace
 
-cudaError_t make_maps(const GemmParams& p, int tile_m, Maps* maps) {
+cudaError_t make_maps(const GemmParams& p, Source source, int tile_m, Maps* maps) {
     static const Encode function = find_encode();
     if (function == nullptr) return cudaErrorNotSupported;
     // 16-bit integers stand for both floating-point types: bits are copied.
-    const bool good = encode(function, &maps->weights, CU_TENSOR_MAP_DATA_TYPE_INT32, p.qweight, int64_t{2} * p.n, p.k / 16,
-                             int64_t{8} * p.n, 2 * kBoxN, kTileK / 16, CU_TENSOR_MAP_SWIZZLE_NONE) &&
+    const bool good = (source == Source::blocks ||
+                       encode(function, &maps->weights, CU_TENSOR_MAP_DATA_TYPE_INT32, p.qweight, int64_t{2} * p.n,
+                              p.k / 16, int64_t{8} * p.n, 2 * kBoxN, kTileK / 16, CU_TENSOR_MAP_SWIZZLE_NONE)) &&
                       encode(function, &maps->activations, CU_TENSOR_MAP_DATA_TYPE_UINT16, p.a, p.k, p.m, p.lda * 2, kBoxK,
                              tile_m, CU_TENSOR_MAP_SWIZZLE_128B);
     return good ? cudaSuccess : cudaErrorInvalidValue;
