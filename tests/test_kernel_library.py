@@ -59,7 +59,7 @@ def test_a_file_that_is_no_library(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "source, reason",
     [
-        ("int marlin_gptq_abi_version(void) { return 999; }", "has interface version 999, expected 2"),
+        ("int marlin_gptq_abi_version(void) { return 999; }", "has interface version 999, expected 3"),
         ("int something_else(void) { return 1; }", "does not load: .*undefined symbol"),
     ],
 )

@@ -39,6 +39,18 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t shared) {
     return v;
 }
 
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t shared) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared));
+    return v;
+}
+
+__device__ __forceinline__ uint32_t load_shared_2(uint32_t shared) {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(shared));
+    return v;
+}
+
 // One more on a counter in global memory: what was written before (in this warp: before the last __syncwarp) is seen by
 // whoever finds it counted, and what others wrote before they counted is seen from here on.
 __device__ __forceinline__ unsigned count_one(unsigned* counter) {
