@@ -133,7 +133,9 @@ __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaMaps& m
 #pragma unroll 1
         for (int k = segment.k_begin; k < segment.k_end; ++k) {
             ptx::mbarrier_wait(shared.full(at.stage), at.parity);
-            multiply_unit<Cfg>(shared.stage(at.stage), release, lane, p, fragments, products, totals);
+            // A shuffle tells the compiler that all lanes agree: descriptors are then made once for the warp.
+            const uint32_t stage = __shfl_sync(0xffffffff, shared.stage(at.stage), 0);
+            multiply_unit<Cfg>(stage, release, lane, p, fragments, products, totals);
             if constexpr (Cfg::kScaleSums) {
                 give_back(at.stage);
             } else {
