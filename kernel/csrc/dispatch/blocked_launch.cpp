@@ -10,16 +10,16 @@ using sm90::WgmmaConfig;
 
 struct Variant {
     DType dtype;
-    int tile_m, row_tiles;
+    int tile_m, row_tiles, pairs;
     Groups groups;
     bool zeros;
     cudaError_t (*launch)(const sm90::WgmmaParams&, const sm90::WgmmaMaps&, int, int, cudaStream_t);
 };
 
 const Variant kVariants[] = {
-#define MARLIN_GPTQ_VARIANT(tile_m, row_tiles, dtype, groups, zeros)           \
-    {DType::dtype, tile_m, row_tiles, Groups::groups, zeros,                   \
-     &sm90::launch_wgmma<WgmmaConfig<DType::dtype, tile_m, row_tiles, Groups::groups, zeros>>},
+#define MARLIN_GPTQ_VARIANT(tile_m, row_tiles, pairs, dtype, groups, zeros)    \
+    {DType::dtype, tile_m, row_tiles, pairs, Groups::groups, zeros,            \
+     &sm90::launch_wgmma<WgmmaConfig<DType::dtype, tile_m, row_tiles, pairs, Groups::groups, zeros>>},
 #define MARLIN_GPTQ_VARIANTS_OF(dtype)                                        \
     MARLIN_GPTQ_WGMMA_TILES(MARLIN_GPTQ_VARIANT, dtype, column, false)        \
     MARLIN_GPTQ_WGMMA_TILES(MARLIN_GPTQ_VARIANT, dtype, column, true)         \
@@ -38,7 +38,7 @@ cudaError_t launch_blocked(DType dtype, bool zeros, const BlockedPlan& plan, con
                            const sm90::WgmmaMaps& maps, int device, cudaStream_t stream) {
     for (const Variant& variant : kVariants) {
         if (variant.dtype == dtype && variant.tile_m == plan.tile_m && variant.row_tiles == plan.row_tiles &&
-            variant.groups == plan.groups && variant.zeros == zeros)
+            variant.pairs == plan.pairs && variant.groups == plan.groups && variant.zeros == zeros)
             return variant.launch(params, maps, plan.grid, device, stream);
     }
     return cudaErrorInvalidDeviceFunction;

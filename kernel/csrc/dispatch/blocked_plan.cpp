@@ -11,11 +11,11 @@ using sm90::Groups;
 using sm90::Schedule;
 
 struct Tile {
-    int tile_m, row_tiles;
+    int tile_m, row_tiles, pairs;
 };
 
 constexpr Tile kTiles[] = {
-#define MARLIN_GPTQ_TILE(tile_m, row_tiles, ...) {tile_m, row_tiles},
+#define MARLIN_GPTQ_TILE(tile_m, row_tiles, pairs, ...) {tile_m, row_tiles, pairs},
     MARLIN_GPTQ_WGMMA_TILES(MARLIN_GPTQ_TILE, )
 #undef MARLIN_GPTQ_TILE
 };
@@ -76,6 +76,7 @@ bool plan_variant(const Problem& p, bool zeros, int sms, const BlockedChoice& ch
     plan->variant = variant;
     plan->tile_m = tile.tile_m;
     plan->row_tiles = tile.row_tiles;
+    plan->pairs = tile.pairs;
     plan->groups = !is_grouped(p) ? Groups::column : p.group_size == kTileK ? Groups::unit : Groups::part;
     plan->scale_rows = is_grouped(p) ? static_cast<int>(kTileK / p.group_size) : 0;
     plan->group_shift = p.group_size == 64 ? 1 : 0;

@@ -12,7 +12,7 @@ namespace marlin_gptq {
 
 struct BlockedPlan {
     int variant = 0;  // row of the table of tiles
-    int tile_m = 0, row_tiles = 0;
+    int tile_m = 0, row_tiles = 0, pairs = 0;
     sm90::Groups groups = sm90::Groups::column;
     int stages = 0, shared_bytes = 0;
     int grid = 0;

@@ -1,8 +1,8 @@
 // C[m, n] = A[m, k] W[k, n] with 4-bit W in the run-time layout (kernel/blocked.py), by wgmma, for sm_90a.
 //
 // Operands are swapped as in the other families: weights are the 64-row operand, unpacked into registers; tokens are the
-// columns, read from shared memory. Three warpgroups: one thread of the first keeps a ring of stages full by the copy
-// engine; the other two multiply, each its own 64 * kRowTiles channels of a stage of 128 k. csrc/sm90/README.md draws who
+// columns, read from shared memory. Two warpgroups multiply, each its own 64 * kRowTiles channels of a stage of 128 k; in some
+// variants a second pair of them takes every other stage. One thread more keeps the ring of stages full by the copy engine. csrc/sm90/README.md draws who
 // waits for whom. Blocks stay for the whole grid (sm90/wgmma_schedule.h says what they compute), and the ring runs on
 // from tile to tile.
 #pragma once
@@ -32,10 +32,11 @@ struct WgmmaShared {
         return base + Cfg::kStages * Cfg::kStageBytes + consumer * Cfg::kRowTiles * Cfg::kOutBoxBytes;
     }
     __device__ __forceinline__ uint32_t full(int i) const {
-        return base + Cfg::kStages * Cfg::kStageBytes + Cfg::kOutBytes + 16 * i;
+        return base + Cfg::kStages * Cfg::kStageBytes + Cfg::kOutBytes + Cfg::kPairBytes + 16 * i;
     }
     __device__ __forceinline__ uint32_t empty(int i) const { return full(i) + 8; }
-    static constexpr int kFlagOffset = Cfg::kStages * Cfg::kStageBytes + Cfg::kOutBytes + kMaxStages * 16;
+    static constexpr int kPairOffset = Cfg::kStages * Cfg::kStageBytes + Cfg::kOutBytes;
+    static constexpr int kFlagOffset = kPairOffset + Cfg::kPairBytes + kMaxStages * 16;
 };
 
 // A stage of the ring and the parity of its phase.
@@ -107,16 +108,18 @@ __device__ __forceinline__ void produce(const WgmmaParams& p, const WgmmaMaps& m
     }
 }
 
-// ---- the consumers: two warpgroups ----
+// ---- the consumers: two warpgroups, or two pairs of them ----
 
 template <class Cfg>
 __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaMaps& maps, const WgmmaShared<Cfg>& shared,
-                                        volatile unsigned* flags, int consumer) {
+                                        char* memory, int consumer, int pair) {
     const Schedule& schedule = p.schedule;
     const Lane<Cfg> lane(consumer, p.block_bytes);
-    const auto give_back = [&](int stage) {
+    auto* buffer = reinterpret_cast<float4*>(memory + WgmmaShared<Cfg>::kPairOffset);
+    auto* flag = reinterpret_cast<volatile unsigned*>(memory + WgmmaShared<Cfg>::kFlagOffset) + consumer;
+    const auto give_back = [&](uint32_t barrier) {
         __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.empty(stage));
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
     };
     ptx::wait_for_previous_grid();  // the workspace and C may be in use until then
     Fragments<Cfg> fragments{};
@@ -125,49 +128,56 @@ __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaMaps& m
     RingPosition<Cfg> at;
     Walk walk(schedule, blockIdx.x, gridDim.x);
     Segment segment;
+    int turn = 0;  // of the pairs
     while (walk.next(schedule, &segment)) {
         WgmmaSums<Cfg> totals{}, products{};
         ptx::keep(products);
         uint32_t release = 0;
-        int held = 0;
 #pragma unroll 1
-        for (int k = segment.k_begin; k < segment.k_end; ++k) {
+        for (int k = segment.k_begin; k < segment.k_end; ++k, at.advance()) {
+            if constexpr (Cfg::kPairs > 1) {
+                const bool mine = turn == pair;
+                turn ^= 1;
+                if (!mine) continue;
+            }
             ptx::mbarrier_wait(shared.full(at.stage), at.parity);
             // A shuffle tells the compiler that all lanes agree: descriptors are then made once for the warp.
             const uint32_t stage = __shfl_sync(0xffffffff, shared.stage(at.stage), 0);
             multiply_unit<Cfg>(stage, release, lane, p, fragments, products, totals);
             if constexpr (Cfg::kScaleSums) {
-                give_back(at.stage);
+                give_back(shared.empty(at.stage));
             } else {
                 release = shared.empty(at.stage);
-                held = at.stage;
             }
-            at.advance();
         }
         if constexpr (!Cfg::kScaleSums) {
             ptx::wgmma_wait<0>();
             ptx::keep(fragments[0]);
             ptx::keep(fragments[1]);
             ptx::keep(products);
-            give_back(held);
+            if (release != 0) give_back(release);
         }
         auto& sums = Cfg::kScaleSums ? totals : products;
+        if constexpr (Cfg::kPairs > 1) {
+            sum_pairs<Cfg>(consumer, pair, buffer, sums);
+            if (pair > 0) continue;
+        }
         bool last = true;
         if (segment.k_begin > 0 || segment.k_end < schedule.k_tiles) {
             const int first_block = schedule.shares.owner(segment.tile * schedule.k_tiles);
             const int last_block = schedule.shares.owner((segment.tile + 1) * schedule.k_tiles - 1);
-            last = sum_blocks<Cfg>(p, consumer, first_block, last_block, flags + consumer, sums);
+            last = sum_blocks<Cfg>(p, consumer, first_block, last_block, flag, sums);
         }
         if (last)
             store_tile<Cfg>(p, maps, consumer, m_tile_of(schedule, segment.tile) * Cfg::kTileM,
                             n_tile_of(schedule, segment.tile) * Cfg::kTileN + consumer * 64 * Cfg::kRowTiles,
                             shared.out(consumer), sums);
     }
-    if (threadIdx.x % kWarpgroup == 0) ptx::tensor_store_wait();
+    if (pair == 0 && threadIdx.x % kWarpgroup == 0) ptx::tensor_store_wait();
 }
 
 template <class Cfg>
-__global__ void __launch_bounds__(kWgmmaThreads, 1)
+__global__ void __launch_bounds__(Cfg::kThreads, 1)
     wgmma_kernel(const __grid_constant__ WgmmaParams p, const __grid_constant__ WgmmaMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     extern __shared__ __align__(1024) char memory[];
@@ -183,13 +193,13 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
     }
     __syncthreads();
     ptx::let_next_grid_start();
-    if (threadIdx.x < kWarpgroup) {
-        ptx::give_registers<40>();
-        if (threadIdx.x == 0) produce<Cfg>(p, maps, shared);
+    const int warpgroup = threadIdx.x / kWarpgroup;
+    if (warpgroup < Cfg::kPairs * kConsumers) {
+        ptx::take_registers<Cfg::kComputeRegisters>();
+        consume<Cfg>(p, maps, shared, memory, warpgroup % kConsumers, warpgroup / kConsumers);
     } else {
-        ptx::take_registers<232>();
-        auto* flags = reinterpret_cast<volatile unsigned*>(memory + WgmmaShared<Cfg>::kFlagOffset);
-        consume<Cfg>(p, maps, shared, flags, threadIdx.x / kWarpgroup - 1);
+        ptx::give_registers<Cfg::kLoadRegisters>();
+        if (threadIdx.x % kWarpgroup == 0) produce<Cfg>(p, maps, shared);
     }
 #endif
 }
@@ -209,7 +219,7 @@ cudaError_t launch_wgmma(const WgmmaParams& params, const WgmmaMaps& maps, int g
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(grid);
-    config.blockDim = dim3(kWgmmaThreads);
+    config.blockDim = dim3(Cfg::kThreads);
     config.dynamicSmemBytes = Cfg::kSharedBytes;
     config.stream = stream;
     config.attrs = &attribute;

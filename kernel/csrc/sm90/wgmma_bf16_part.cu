@@ -3,8 +3,8 @@
 
 namespace marlin_gptq::sm90 {
 
-#define MARLIN_GPTQ_INSTANTIATE(tile_m, row_tiles, zeros)                                                   \
-    template cudaError_t launch_wgmma<WgmmaConfig<DType::bf16, tile_m, row_tiles, Groups::part, zeros>>( \
+#define MARLIN_GPTQ_INSTANTIATE(tile_m, row_tiles, pairs, zeros)                                                   \
+    template cudaError_t launch_wgmma<WgmmaConfig<DType::bf16, tile_m, row_tiles, pairs, Groups::part, zeros>>( \
         const WgmmaParams&, const WgmmaMaps&, int, int, cudaStream_t);
 MARLIN_GPTQ_WGMMA_TILES(MARLIN_GPTQ_INSTANTIATE, false)
 MARLIN_GPTQ_WGMMA_TILES(MARLIN_GPTQ_INSTANTIATE, true)

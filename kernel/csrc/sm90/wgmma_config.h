@@ -7,13 +7,18 @@
 #include "core/config.h"
 #include "sm90/config.h"
 
+#ifndef K6_SCALE
+#define K6_SCALE 64
+#endif
+#ifndef K6_STEPS
+#define K6_STEPS (kTileM == 64 && kRowTiles == 2 && kScaleSums ? 2 : 4)
+#endif
 namespace marlin_gptq::sm90 {
 
 constexpr int kBlockN = 128;             // channels of a block of the run-time layout (kernel/blocked.py)
 constexpr int kBlockCodeBytes = 8192;
-constexpr int kConsumers = 2;            // warpgroups that multiply
+constexpr int kConsumers = 2;            // warpgroups side by side along the channels
 constexpr int kWarpgroup = 128;          // threads
-constexpr int kWgmmaThreads = (1 + kConsumers) * kWarpgroup;  // and one that loads
 constexpr int kMaxStages = 12;
 constexpr int kWgmmaSharedBytes = 227 * 1024;  // of one block on sm_90
 
@@ -25,12 +30,21 @@ constexpr int block_bytes(int rows, bool zeros) {
 }
 
 // `tile_m`: tokens; `row_tiles`: 64-channel tiles of each of the two consumers (so a block computes 128 * row_tiles
-// channels); `groups`: where scales change; `zeros`: whether there are zero points.
-template <DType kDtypeArg, int kTileMArg, int kRowTilesArg, Groups kGroupsArg, bool kZerosArg>
+// channels); `pairs`: of consumers, which take the units of 128 k by turns and add up at the end; `groups`: where scales
+// change; `zeros`: whether there are zero points.
+template <DType kDtypeArg, int kTileMArg, int kRowTilesArg, int kPairsArg, Groups kGroupsArg, bool kZerosArg>
 struct WgmmaConfig {
     static constexpr DType kDtype = kDtypeArg;
     static constexpr int kTileM = kTileMArg;
     static constexpr int kRowTiles = kRowTilesArg;
+    static constexpr int kPairs = kPairsArg;
+    static constexpr int kConsumerThreads = kPairs * kConsumers * kWarpgroup;
+    static constexpr int kThreads = kConsumerThreads + kWarpgroup;  // the last warpgroup loads
+    // Registers of a thread: of all at the start (as the compiler divides them), then of those that load and compute.
+    static constexpr int kStartRegisters = kPairs == 1 ? 168 : 96;
+    static constexpr int kLoadRegisters = kPairs == 1 ? 40 : 32;
+    static constexpr int kComputeRegisters = kPairs == 1 ? 232 : 112;
+    static_assert(kLoadRegisters + kPairs * kConsumers * kComputeRegisters <= kStartRegisters * kThreads / kWarpgroup);
     static constexpr Groups kGroups = kGroupsArg;
     static constexpr bool kZeros = kZerosArg;
     static constexpr int kBlocks = kRowTiles;  // of the layout side by side
@@ -39,11 +53,11 @@ struct WgmmaConfig {
 
     // Scales of groups of 128 multiply FP32 accumulators while tokens are few: kTileM / 2 multiplications instead of 32
     // for each 64 channels, and more exact. Otherwise they multiply the fragments.
-    static constexpr bool kScaleSums = kGroups == Groups::unit && kTileM <= 64;
+    static constexpr bool kScaleSums = kGroups == Groups::unit && kTileM <= K6_SCALE;
     static constexpr bool kScaleFragments = kGroups != Groups::column && !kScaleSums;
     // Steps of 16 k whose products are issued together. Short products are issued in fours, so that fences and waits are
     // few; long ones hide them.
-    static constexpr int kSteps = kTileM <= 32 || kRowTiles == 1 ? 4 : kTileM <= 64 ? 2 : 1;
+    static constexpr int kSteps = K6_STEPS;
 
     // A stage of the ring: activations (two boxes of 64 k, kTileM rows of 128 bytes), then the blocks of weights.
     static constexpr int kBoxBytes = kTileM * kBoxK * 2;
@@ -55,14 +69,18 @@ struct WgmmaConfig {
     // Behind the ring: the tile on its way out, kTileM rows of 128 bytes for each 64 channels; then the barriers.
     static constexpr int kOutBoxBytes = kTileM * 128;
     static constexpr int kOutBytes = kConsumers * kRowTiles * kOutBoxBytes;
+    static constexpr int kPairBytes = (kPairs - 1) * kTileN * kTileM * 4;  // FP32 sums of the second pair
     static constexpr int kBarrierBytes = kMaxStages * 16 + 64;
-    static constexpr int kFittingStages = (kWgmmaSharedBytes - kOutBytes - kBarrierBytes) / kStageBytes;
+    static constexpr int kTailBytes = kOutBytes + kPairBytes + kBarrierBytes;
+    // Each stage is always of the same pair: a wait by parity must not be met by the phase before.
+    static constexpr int kFittingStages = (kWgmmaSharedBytes - kTailBytes) / kStageBytes / kPairs * kPairs;
     static constexpr int kStages = kFittingStages < kMaxStages ? kFittingStages : kMaxStages;
-    static constexpr int kSharedBytes = kStages * kStageBytes + kOutBytes + kBarrierBytes;
+    static constexpr int kSharedBytes = kStages * kStageBytes + kTailBytes;
 
     static_assert(kTileN * kTileM * 4 <= kLargestPartialBytes);
     static_assert(kTileM % 16 == 0 && kTileM <= 256);
-    static_assert(kStages >= 2, "one stage computing, one landing");
+    static_assert(kStages >= 2 * kPairs, "one stage computing, one landing");
+    static_assert(kMaxStages % kPairs == 0 && kPairs <= 2);
 };
 
 }  // namespace marlin_gptq::sm90

@@ -18,6 +18,30 @@ __device__ __forceinline__ void add(float4& sum, const float4& term) {
     sum.w += term.w;
 }
 
+// The second pair's sums are added to those of the first, which alone goes on with them.
+template <class Cfg>
+__device__ __forceinline__ void sum_pairs(int consumer, int pair, float4* buffer, WgmmaSums<Cfg>& sums) {
+    constexpr int kPieces = Cfg::kSums / 4;
+    float4* mine = buffer + consumer * Cfg::kRowTiles * kPieces * kWarpgroup + threadIdx.x % kWarpgroup;
+    ptx::named_barrier(3 + consumer, 2 * kWarpgroup);  // what was there has been read
+    if (pair == 1) {
+#pragma unroll
+        for (int i = 0; i < Cfg::kRowTiles; ++i)
+#pragma unroll
+            for (int j = 0; j < kPieces; ++j)
+                mine[(i * kPieces + j) * kWarpgroup] = {sums[i][4 * j], sums[i][4 * j + 1], sums[i][4 * j + 2], sums[i][4 * j + 3]};
+    }
+    ptx::named_barrier(5 + consumer, 2 * kWarpgroup);
+    if (pair == 1) return;
+#pragma unroll
+    for (int i = 0; i < Cfg::kRowTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) {
+            const float4 x = mine[(i * kPieces + j) * kWarpgroup];
+            sums[i][4 * j] += x.x, sums[i][4 * j + 1] += x.y, sums[i][4 * j + 2] += x.z, sums[i][4 * j + 3] += x.w;
+        }
+}
+
 // Adds up a tile shared by the blocks first..last, as core/reduce.cuh does: true in the warpgroup that came last, which
 // holds the sums then. `flag`: a word of shared memory of this warpgroup's.
 template <class Cfg>
@@ -26,7 +50,7 @@ __device__ __forceinline__ bool sum_blocks(const WgmmaParams& p, int consumer, i
     constexpr int kThreads = kConsumers * kWarpgroup;
     constexpr int kPieces = Cfg::kSums / 4;
     constexpr int64_t kSlot = static_cast<int64_t>(Cfg::kRowTiles) * kPieces * kThreads;  // float4s of a partial tile
-    const int me = blockIdx.x, thread = threadIdx.x - kWarpgroup;
+    const int me = blockIdx.x, thread = threadIdx.x;
     const auto piece = [&](int64_t slot, int i, int j) { return p.slots + slot * kSlot + (i * kPieces + j) * kThreads + thread; };
     const auto mine = [&](int i, int j) {
         return float4{sums[i][4 * j], sums[i][4 * j + 1], sums[i][4 * j + 2], sums[i][4 * j + 3]};
