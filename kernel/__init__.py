@@ -7,8 +7,19 @@ a machine has, and why. This package imports nothing else of marlin_gptq.
 
 from __future__ import annotations
 
-from marlin_gptq.kernel import library, reference
+from marlin_gptq.kernel import blocked, library, reference
+from marlin_gptq.kernel.blocked_op import gemm_blocked, why_not_blocked
 from marlin_gptq.kernel.library import KernelStatus
 from marlin_gptq.kernel.op import gemm, set_overlap, why_not
 
-__all__ = ["KernelStatus", "gemm", "library", "reference", "set_overlap", "why_not"]
+__all__ = [
+    "KernelStatus",
+    "blocked",
+    "gemm",
+    "gemm_blocked",
+    "library",
+    "reference",
+    "set_overlap",
+    "why_not",
+    "why_not_blocked",
+]

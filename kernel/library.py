@@ -43,6 +43,24 @@ class PlanStruct(ctypes.Structure):
     ]
 
 
+class BlockedPlanStruct(ctypes.Structure):
+    """marlin_gptq_blocked_plan_t of capi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("variant", "tile_m", "tile_n", "stages", "shared_bytes", "grid")),
+        *((name, ctypes.c_int32) for name in ("m_tiles", "n_tiles", "k_tiles", "split_tiles", "split_blocks")),
+        ("slot_bytes", ctypes.c_int64),
+        ("clocks", ctypes.c_double),
+        ("reason", ctypes.c_char_p),
+    ]
+
+
+class BlockedChoice(ctypes.Structure):
+    """marlin_gptq_blocked_choice_t of capi.h: what to force, for tests and tuning; -1 leaves it to the plan."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("variant", "split_tiles", "split_blocks")]
+
+
 def status() -> KernelStatus:
     """What this installation has. Never raises, never touches a GPU."""
     return _open()[1]
@@ -72,6 +90,22 @@ def plan(
     if code:
         raise ValueError(f"plan of m={m} n={n} k={k} group_size={group_size}: {error_string(code)}")
     values = {name: getattr(result, name) for name, *_ in PlanStruct._fields_}
+    return values | {"reason": result.reason.decode()}
+
+
+def plan_blocked(
+    m: int, n: int, k: int, group_size: int, *, asymmetric: bool = False, sms: int, choice: BlockedChoice | None = None
+) -> dict[str, int | float | str]:
+    """How `gemm_blocked` would run a problem on a Hopper GPU; needs the library. ValueError for a bad shape or choice."""
+    library = loaded()
+    if library is None:
+        raise RuntimeError(f"the kernel is not available: {status().reason}")
+    result = BlockedPlanStruct()
+    chosen = None if choice is None else ctypes.byref(choice)
+    code = library.marlin_gptq_plan_blocked(m, n, k, group_size, asymmetric, sms, chosen, ctypes.byref(result))
+    if code:
+        raise ValueError(f"plan of m={m} n={n} k={k} group_size={group_size}: {error_string(code)}")
+    values = {name: getattr(result, name) for name, *_ in BlockedPlanStruct._fields_}
     return values | {"reason": result.reason.decode()}
 
 
@@ -129,4 +163,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.marlin_gptq_plan.argtypes = [i64, i64, i64, i64, i32, i32, i32, ctypes.POINTER(PlanStruct)]
     library.marlin_gptq_gemm.argtypes = [*[pointer] * 6, *[i64] * 5, i32, i32, pointer, i32, i32]
     library.marlin_gptq_decode_blocks.argtypes = [*[pointer] * 5, *[i64] * 5, i32, i32, i32, pointer, i32, i32]
+    choice = ctypes.POINTER(BlockedChoice)
+    library.marlin_gptq_plan_blocked.argtypes = [*[i64] * 4, i32, i32, choice, ctypes.POINTER(BlockedPlanStruct)]
+    library.marlin_gptq_gemm_blocked.argtypes = [*[pointer] * 5, *[i64] * 5, *[i32] * 3, pointer, i32, choice]
     library.marlin_gptq_dirty_tickets.argtypes = [i32, ctypes.POINTER(i64), ctypes.POINTER(i32)]

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "capi_common.h"
 #include "core/layout.cuh"
 #include "dispatch/heuristics.h"
 #include "dispatch/launch.h"
@@ -14,42 +15,6 @@
 using namespace marlin_gptq;
 
 namespace {
-
-// The current device for the length of a call.
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(int device) : wanted_(device) {
-        error_ = cudaGetDevice(&previous_);
-        if (error_ == cudaSuccess && previous_ != wanted_) error_ = cudaSetDevice(wanted_);
-    }
-    ~DeviceGuard() {
-        if (error_ == cudaSuccess && previous_ != wanted_) cudaSetDevice(previous_);
-    }
-    DeviceGuard(const DeviceGuard&) = delete;
-    DeviceGuard& operator=(const DeviceGuard&) = delete;
-    cudaError_t error() const { return error_; }
-
-  private:
-    int wanted_;
-    int previous_ = 0;
-    cudaError_t error_;
-};
-
-// An error that the caller is told must not be found again by whoever next asks CUDA for its last one.
-int reported(cudaError_t error) {
-    if (error != cudaSuccess) cudaGetLastError();
-    return error;
-}
-
-bool aligned(const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-int check_problem(const Problem& p) {
-    if (p.m < 0 || p.n <= 0 || p.k <= 0 || p.n % 64 != 0 || p.k % 16 != 0) return MARLIN_GPTQ_BAD_SHAPE;
-    if (p.m > INT_MAX - kMaxTileM || p.n > INT_MAX / 2 || p.k > INT_MAX / 2) return MARLIN_GPTQ_BAD_SHAPE;
-    if (!is_grouped(p)) return p.group_size == -1 || p.group_size == p.k ? 0 : MARLIN_GPTQ_BAD_GROUP_SIZE;
-    const bool known = p.group_size == 32 || p.group_size == 64 || p.group_size == 128;
-    return known && p.k % p.group_size == 0 ? 0 : MARLIN_GPTQ_BAD_GROUP_SIZE;
-}
 
 // Operands and what there is to say about them beside the problem.
 struct Call {
@@ -141,6 +106,8 @@ const char* marlin_gptq_error_string(int code) {
         case MARLIN_GPTQ_BAD_GRID: return "grid: needs 1 to min(units of work, 2 blocks per multiprocessor)";
         case MARLIN_GPTQ_OLD_DEVICE: return "device: needs compute capability 8.0 or newer";
         case MARLIN_GPTQ_NO_BLOCKS: return "blocks: need compute capability 9.0 and at most 32 tokens";
+        case MARLIN_GPTQ_NOT_HOPPER: return "device: blocks need compute capability 9.0 and kernels compiled for sm_90a";
+        case MARLIN_GPTQ_BAD_CHOICE: return "choice: no such variant, or the work does not divide like that";
         default: return code > 0 ? cudaGetErrorString(static_cast<cudaError_t>(code)) : "unknown error code";
     }
 }

@@ -22,6 +22,8 @@ enum {
     MARLIN_GPTQ_BAD_STRIDE = -5,
     MARLIN_GPTQ_BAD_GRID = -6,
     MARLIN_GPTQ_OLD_DEVICE = -7,
+    MARLIN_GPTQ_NOT_HOPPER = -8,
+    MARLIN_GPTQ_BAD_CHOICE = -9,
     MARLIN_GPTQ_NO_BLOCKS = -10,
 };
 
@@ -73,6 +75,37 @@ MARLIN_GPTQ_API int marlin_gptq_decode_blocks(const void* a, const void* blocks,
                                               void* c, int64_t m, int64_t n, int64_t k, int64_t lda, int64_t group_size,
                                               int32_t asymmetric, int32_t dtype, int32_t device, void* stream,
                                               int32_t grid, int32_t flags);
+
+/* How a problem in the run-time layout of Hopper GPUs is cut (sm90/wgmma_schedule.h). */
+struct marlin_gptq_blocked_plan_t {
+    int32_t variant; /* row of sm90/wgmma_variants.h */
+    int32_t tile_m, tile_n, stages, shared_bytes, grid;
+    int32_t m_tiles, n_tiles, k_tiles;
+    int32_t split_tiles, split_blocks; /* tiles shared out in units of k, and the blocks that have some */
+    int64_t slot_bytes;
+    double clocks; /* estimated */
+    const char* reason;
+};
+
+/* For tests and tuning: -1 leaves each to the plan. */
+struct marlin_gptq_blocked_choice_t {
+    int32_t variant, split_tiles, split_blocks;
+};
+
+/* What marlin_gptq_gemm_blocked would do on a GPU of compute capability 9.0 with `sms` multiprocessors. Touches no GPU.
+ * choice: null, or what to force. */
+MARLIN_GPTQ_API int marlin_gptq_plan_blocked(int64_t m, int64_t n, int64_t k, int64_t group_size, int32_t asymmetric,
+                                             int32_t sms, const struct marlin_gptq_blocked_choice_t* choice,
+                                             struct marlin_gptq_blocked_plan_t* plan);
+
+/* As marlin_gptq_gemm, for a weight in the run-time layout of Hopper GPUs (kernel/blocked.py), on those alone. blocks
+ * [ceil(n/128), ceil(k/128), bytes of a block] aligned to 16 bytes, with the scales of groups and, where asymmetric is not
+ * 0, zero points inside; scales [n] in natural order for group_size -1 or k, else null. a and c aligned to 16 bytes.
+ * flags: 0 or MARLIN_GPTQ_OVERLAP. choice: null, or what to force. */
+MARLIN_GPTQ_API int marlin_gptq_gemm_blocked(const void* a, const void* blocks, const void* scales, const void* bias, void* c,
+                                             int64_t m, int64_t n, int64_t k, int64_t lda, int64_t group_size,
+                                             int32_t asymmetric, int32_t dtype, int32_t device, void* stream, int32_t flags,
+                                             const struct marlin_gptq_blocked_choice_t* choice);
 
 /* For tests: how many reduction tickets of `device` are not zero (0 when nothing is running), over how many workspaces.
  * Synchronizes the device. */

@@ -4,16 +4,17 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "core/config.h"
+#include "sm90/wgmma_config.h"
 
 namespace marlin_gptq {
 namespace {
 
-using Key = std::pair<unsigned long long, unsigned long long>;  // capture id, stream handle
+// capture id, stream handle (captured) or id (otherwise), whether it is a large one
+using Key = std::tuple<unsigned long long, unsigned long long, bool>;
 
 struct Pool;
 
@@ -27,9 +28,9 @@ struct Pool {
     std::mutex mutex;
     DeviceInfo info;
     bool known = false;
-    std::unordered_map<unsigned long long, Workspace> eager;  // by stream id, which is unique in a process's life
+    std::map<Key, Workspace> eager;  // by stream id, which is unique in a process's life; the capture id is 0
     std::map<Key, Workspace> captured;
-    std::vector<Workspace> spare;  // given back by destroyed graphs
+    std::vector<Workspace> spare[2];  // given back by destroyed graphs: small ones, large ones
 
     // A lock of its own, never held across a CUDA call: CUDA's threads take it when a graph dies.
     std::mutex returned_mutex;
@@ -54,10 +55,16 @@ class RelaxedCapture {
     cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-cudaError_t allocate(const DeviceInfo& info, Workspace* workspace) {
+// Partial tiles of the kernels with few tokens a tile; of wgmma's largest.
+size_t slot_bytes_of(const DeviceInfo& info, bool large) {
+    if (large) return static_cast<size_t>(info.sms) * 2 * sm90::kLargestPartialBytes;
+    return static_cast<size_t>(info.sms) * kMaxCtasPerSm * 2 * kTileN * kMaxTileM * sizeof(float);
+}
+
+cudaError_t allocate(const DeviceInfo& info, bool large, Workspace* workspace) {
     const int max_grid = info.sms * kMaxCtasPerSm;
     const size_t ticket_bytes = (static_cast<size_t>(max_grid) * kTicketsPerBlock * sizeof(unsigned) + 1023) / 1024 * 1024;
-    const size_t slot_bytes = static_cast<size_t>(max_grid) * 2 * kTileN * kMaxTileM * sizeof(float);
+    const size_t slot_bytes = slot_bytes_of(info, large);
     RelaxedCapture relaxed;
     char* base = nullptr;
     cudaError_t error = cudaMalloc(reinterpret_cast<void**>(&base), ticket_bytes + slot_bytes);
@@ -92,7 +99,7 @@ void collect_returned(Pool& pool) {
     for (const Key& key : pool.returned) {
         const auto found = pool.captured.find(key);
         if (found == pool.captured.end()) continue;
-        pool.spare.push_back(found->second);
+        pool.spare[std::get<2>(key)].push_back(found->second);
         pool.captured.erase(found);
     }
     pool.returned.clear();
@@ -105,11 +112,13 @@ cudaError_t captured_workspace(Pool& pool, const Key& key, cudaGraph_t graph, Wo
         return cudaSuccess;
     }
     collect_returned(pool);
-    if (!pool.spare.empty()) {
-        *workspace = pool.spare.back();
-        pool.spare.pop_back();
+    const bool large = std::get<2>(key);
+    std::vector<Workspace>& spare = pool.spare[large];
+    if (!spare.empty()) {
+        *workspace = spare.back();
+        spare.pop_back();
     } else {
-        const cudaError_t error = allocate(pool.info, workspace);
+        const cudaError_t error = allocate(pool.info, large, workspace);
         if (error != cudaSuccess) return error;
     }
     pool.captured.emplace(key, *workspace);
@@ -118,7 +127,7 @@ cudaError_t captured_workspace(Pool& pool, const Key& key, cudaGraph_t graph, Wo
     cudaError_t error = cudaUserObjectCreate(&object, lease.get(), end_lease, 1, cudaUserObjectNoDestructorSync);
     if (error != cudaSuccess) {
         pool.captured.erase(key);
-        pool.spare.push_back(*workspace);
+        spare.push_back(*workspace);
         return error;
     }
     lease.release();  // the user object's now
@@ -153,7 +162,7 @@ cudaError_t device_info(int device, DeviceInfo* info) {
     return error;
 }
 
-cudaError_t workspace_for(int device, cudaStream_t stream, Workspace* workspace) {
+cudaError_t workspace_for(int device, cudaStream_t stream, Workspace* workspace, size_t slot_bytes) {
     Pool* pool = pool_of(device);
     if (pool == nullptr) return cudaErrorInvalidDevice;
 
@@ -167,21 +176,23 @@ cudaError_t workspace_for(int device, cudaStream_t stream, Workspace* workspace)
     const std::lock_guard<std::mutex> lock(pool->mutex);
     error = load_info(*pool, device);
     if (error != cudaSuccess) return error;
+    const bool large = slot_bytes > slot_bytes_of(pool->info, false);
     if (status == cudaStreamCaptureStatusActive) {
         // The handle will do: a stream cannot be destroyed and its handle used again within the capture it is part of.
         id = reinterpret_cast<uintptr_t>(stream);
-        return captured_workspace(*pool, {capture, id}, graph, workspace);
+        return captured_workspace(*pool, {capture, id, large}, graph, workspace);
     }
 
     error = cudaStreamGetId(stream, &id);
     if (error != cudaSuccess) return error;
-    const auto found = pool->eager.find(id);
+    const Key key{0, id, large};
+    const auto found = pool->eager.find(key);
     if (found != pool->eager.end()) {
         *workspace = found->second;
         return cudaSuccess;
     }
-    error = allocate(pool->info, workspace);
-    if (error == cudaSuccess) pool->eager.emplace(id, *workspace);
+    error = allocate(pool->info, large, workspace);
+    if (error == cudaSuccess) pool->eager.emplace(key, *workspace);
     return error;
 }
 
@@ -191,7 +202,8 @@ cudaError_t count_dirty_tickets(int device, long long* dirty, int* workspaces) {
     cudaError_t error = cudaDeviceSynchronize();
     if (error != cudaSuccess) return error;
     const std::lock_guard<std::mutex> lock(pool->mutex);
-    std::vector<Workspace> all = pool->spare;
+    std::vector<Workspace> all = pool->spare[0];
+    all.insert(all.end(), pool->spare[1].begin(), pool->spare[1].end());
     for (const auto& entry : pool->eager) all.push_back(entry.second);
     for (const auto& entry : pool->captured) all.push_back(entry.second);
     *dirty = 0;

@@ -24,9 +24,10 @@ constexpr int kMaxDevices = 64;
 
 cudaError_t device_info(int device, DeviceInfo* info);
 
-// The workspace for a launch on `stream` of the current device `device`. Allocates at the first use of a stream, also
-// while the stream is being captured.
-cudaError_t workspace_for(int device, cudaStream_t stream, Workspace* workspace);
+// The workspace for a launch on `stream` of the current device `device`, with at least `slot_bytes` for partial tiles.
+// Allocates at the first use of a stream, also while the stream is being captured, and once more for the first launch whose
+// partial tiles need a large one.
+cudaError_t workspace_for(int device, cudaStream_t stream, Workspace* workspace, size_t slot_bytes = 0);
 
 // For tests: the number of tickets of all workspaces of `device` that are not zero. Synchronizes the device.
 cudaError_t count_dirty_tickets(int device, long long* dirty, int* workspaces);

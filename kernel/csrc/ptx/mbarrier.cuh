@@ -45,6 +45,12 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
     return policy;
 }
 
+__device__ __forceinline__ uint64_t evict_normal_policy() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // `bytes` (a multiple of 16) from global to shared memory, both aligned to 16 bytes.
 __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier,
                                           uint64_t policy) {
