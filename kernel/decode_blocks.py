@@ -1,4 +1,4 @@
-"""The decode family of kernels on weights in blocks (kernel/blocked.py): few tokens on GPUs of compute capability 9.0."""
+"""Few tokens times weights in blocks (kernel/blocked.py): the decode kernels, on GPUs of compute capability 9.0."""
 
 from __future__ import annotations
 

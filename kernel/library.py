@@ -36,7 +36,7 @@ class PlanStruct(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("family", "tile_m", "tile_n", "tile_k", "stages")),
-        *((name, ctypes.c_int32) for name in ("grouped", "ctas_per_sm", "grid", "threads")),
+        *((name, ctypes.c_int32) for name in ("grouped", "ctas_per_sm", "grid", "cluster", "threads")),
         *((name, ctypes.c_int32) for name in ("m_tiles", "n_tiles", "k_tiles", "shared_bytes")),
         ("units", ctypes.c_int64),
         ("reason", ctypes.c_char_p),

@@ -40,8 +40,8 @@ def gemm(
     qweight int32 [K/16, 2N], K a multiple of 16 and N of 64
     scales [groups, N] and bias [N] of the dtype of a
     group_size -1 or K (one scale per column), 32, 64 or 128
-    qzeros int32 [groups, N/8]: zero points 0 … 15 of asymmetric weights (layout of formats/marlin.py), W = scale · (q − z);
-    None for a zero point of 8 everywhere
+    qzeros int32 [groups, N/8]: zero points z of asymmetric weights, W = scale · (q − z), each 0 … 15, in the layout of
+    formats/marlin.py; None for 8 everywhere
     → [M, N] of the dtype of a
 
     On CUDA the kernel runs on the current stream, sums in FP32 and gives the same bits for the same inputs.

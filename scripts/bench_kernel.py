@@ -66,8 +66,8 @@ SUITE_M = {
     "sustained": [1, 16, 64],
 }
 HEADER = """\
-|    K |     N |    M |      µs |  GB/s | of stream | TFLOP/s | torch µs | x torch | chain µs | x torch | x int4 | error |
-|-----:|------:|-----:|--------:|------:|----------:|--------:|---------:|--------:|---------:|--------:|-------:|------:|"""
+|    K |     N |    M |      µs | GB/s | of stream | TFLOP/s | torch µs | x torch | chain µs | x torch | x int4 | error |
+|-----:|------:|-----:|--------:|-----:|----------:|--------:|---------:|--------:|---------:|--------:|-------:|------:|"""
 COLD_BYTES = 180 * 2**20  # three times the largest L2 cache
 
 
@@ -100,10 +100,10 @@ def main() -> int:
             report["rows"].append(row)
             print(
                 f"| {k:5d} | {n:5d} | {row['m']:4d} | {row['microseconds']:7.2f} "
-                f"| {row['gigabytes_per_second']:5.0f} | {row['of_stream']:9.2f} "
+                f"| {row['gigabytes_per_second']:4.0f} | {row['of_stream']:9.2f} "
                 f"| {row['teraflops']:7.1f} | {row['torch_microseconds']:8.2f} | {row['times_torch']:7.2f} "
-                f"| {row['chain_microseconds']:8.2f} | {row['chain_times_torch']:7.2f} | {row['times_int4']:6.2f} | {row['relative_error']:5.0e} |"
-                + (f" {row['state']}" if "state" in row else ""),
+                f"| {row['chain_microseconds']:8.2f} | {row['chain_times_torch']:7.2f} | {row['times_int4']:6.2f} "
+                f"| {row['relative_error']:5.0e} |" + (f" {row['state']}" if "state" in row else ""),
                 flush=True,
             )
     for m in options.m:

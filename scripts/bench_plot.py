@@ -55,7 +55,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(
-        f"4-bit product against cuBLAS {report['dtype']}, groups of {report['group_size']}, {report['device']}", fontsize=11
+        f"4-bit product against cuBLAS {report['dtype']}, groups of {report['group_size']}, {report['device']}",
+        fontsize=11,
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -3,8 +3,8 @@
 
     check_build_log.py LOG [--archs 80,90a]
 
-Exit code 1: spilled registers, notes C75xx (serialised wgmma, ignored setmaxnreg), or a kernel or architecture that the
-build should have compiled and the log does not show. The kernels expected are those of
+Exit code 1: spilled registers, arrays in local memory, notes C75xx (serialised wgmma, ignored setmaxnreg), or a kernel
+or architecture that the build should have compiled and the log does not show. The kernels expected are those of
 kernel/csrc/dispatch/variants.h; the architectures those of the nvcc commands in the log, or of --archs.
 """
 
@@ -27,9 +27,7 @@ _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 _NOTE = re.compile(r".*\bC75\d\d\b.*")
 _GENCODE = re.compile(r"-gencode[= ]\S*code=(sm_\w+)")
 _NAME = re.compile(r"ConfigILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)ELb([01])ELi(\d+)E")
-_DECODE = re.compile(
-    r"DecodeConfigILNS_5DTypeE(\d)ELNS\d?_\d?6SourceE(\d)ELi(\d+)ELNS\d?_\d?6GroupsE(\d)E"
-)
+_DECODE = re.compile(r"DecodeConfigILNS_5DTypeE(\d)ELNS\d?_\d?6SourceE(\d)ELi(\d+)ELNS\d?_\d?6GroupsE(\d)E")
 
 
 @dataclass
@@ -40,6 +38,7 @@ class Kernel:
     architecture: str
     registers: int = -1
     spilled_bytes: int = -1
+    stack_bytes: int = 0
     static_shared_bytes: int = 0
 
 
@@ -71,6 +70,7 @@ def parse(text: str) -> list[Kernel]:
             kernels.append(Kernel(readable(entry[1]), entry[2]))
         elif kernels and (spills := _SPILLS.search(line)):
             kernels[-1].spilled_bytes = int(spills[2]) + int(spills[3])
+            kernels[-1].stack_bytes = int(spills[1])
         elif kernels and (used := _USED.search(line)):
             kernels[-1].registers = int(used[1])
             kernels[-1].static_shared_bytes = int(used[2] or 0)
@@ -132,6 +132,8 @@ def find_problems(text: str, kernels: list[Kernel], architectures: set[str], exp
         where = f"{kernel.name} on {kernel.architecture}"
         if kernel.spilled_bytes > 0:
             problems.append(f"{where}: {kernel.spilled_bytes} bytes of registers spilled")
+        if kernel.stack_bytes > 0:
+            problems.append(f"{where}: an array of {kernel.stack_bytes} bytes in local memory")
         if kernel.registers < 0 or kernel.spilled_bytes < 0:
             problems.append(f"{where}: the log does not say what it uses")
     return problems

@@ -50,9 +50,7 @@ def exact(
     return product if bias is None else product + bias.double()
 
 
-def in_blocks(
-    qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_size: int
-) -> tuple[Tensor, Tensor | None]:
+def in_blocks(qweight: Tensor, scales: Tensor, qzeros: Tensor | None, group_size: int) -> tuple[Tensor, Tensor | None]:
     """(blocks, scales) as the kernels for blocks take them."""
     blocks = to_blocks(qweight, scales, qzeros, group_size)
     return blocks, unpack_scales(scales)[0].contiguous() if scales.shape[0] == 1 else None

@@ -148,6 +148,10 @@ def test_the_table_of_variants_is_understood(reader: ModuleType) -> None:
             lambda log: log.replace(" 0 bytes spill stores", " 64 bytes spill stores", 1),
             "64 bytes of registers spilled",
         ),
+        (
+            lambda log: log.replace("    0 bytes stack frame", "    640 bytes stack frame", 1),
+            "an array of 640 bytes in local memory",
+        ),
         (lambda log: log + "ptxas info : (C7514) Potential Performance Loss: wgmma serialized\n", "(C7514)"),
         (lambda log: log.replace("for 'sm_80'", "for 'sm_75'"), "sm_80: not compiled"),
         (lambda log: log.replace("DTypeE1", "DTypeE0"), "not compiled: decode bf16"),

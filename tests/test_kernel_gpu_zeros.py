@@ -114,7 +114,26 @@ def test_forced_grids_and_equal_runs(grid: int) -> None:
             assert torch.equal(out, _gemm_with_grid(a, qweight, scales, None, 128, grid, False, qzeros))
 
 
-def blocked(a: Tensor, weight: tuple[Tensor, Tensor, Tensor | None], group_size: int, bias: Tensor | None = None) -> Tensor:
+@pytest.mark.parametrize("m", [1, 8, 16])
+@pytest.mark.parametrize("k, n", [(4096, 4096), (4096, 6144), (2064, 8192 - 64)])
+def test_sums_through_clusters_and_through_memory_are_the_same(k: int, n: int, m: int) -> None:
+    """A forced grid takes no clusters; the order of the sum is that of the blocks either way."""
+    for dtype in DTYPES:
+        qweight, scales = packed_weight(k, n, -1, dtype)
+        a = activations(m, k, dtype)
+        plan = library.plan(m, n, k, -1, sms=132, shared_bytes_per_sm=228 * 1024, compute_capability=90)
+        out = gemm(a, qweight, scales, None, -1)
+        assert relative_error(out, exact(a, qweight, scales, None, -1)) < LIMIT[dtype]
+        for _ in range(20):
+            assert torch.equal(out, gemm(a, qweight, scales, None, -1))
+        if torch.cuda.get_device_properties().multi_processor_count == 132 and plan["family"] == 1:
+            assert int(plan["cluster"]) > 1
+            assert torch.equal(out, _gemm_with_grid(a, qweight, scales, None, -1, int(plan["grid"])))
+
+
+def blocked(
+    a: Tensor, weight: tuple[Tensor, Tensor, Tensor | None], group_size: int, bias: Tensor | None = None
+) -> Tensor:
     blocks, scales = in_blocks(*weight, group_size)
     n = weight[0].shape[1] // 2
     return decode_blocks(a, blocks, scales, bias, n, group_size, weight[2] is not None)

@@ -149,7 +149,14 @@ def test_opcheck(m: int, with_bias: bool) -> None:
     )
     torch.library.opcheck(
         torch.ops.marlin_gptq.gemm.default,
-        (arguments["a"], arguments["qweight"], arguments["scales"], bias, 128, zero_points(256, 128, 128, device="cpu")),
+        (
+            arguments["a"],
+            arguments["qweight"],
+            arguments["scales"],
+            bias,
+            128,
+            zero_points(256, 128, 128, device="cpu"),
+        ),
     )
 
 

@@ -56,6 +56,7 @@ int run(const Problem& problem, const Call& call) {
     if (call.grid != 0) {
         if (call.grid < 0 || call.grid > plan.units || static_cast<size_t>(call.grid) > most) return MARLIN_GPTQ_BAD_GRID;
         plan.grid = call.grid;
+        plan.cluster = 1;
     }
     if (plan.units / plan.grid >= INT_MAX) return MARLIN_GPTQ_BAD_SHAPE;
 
@@ -86,6 +87,7 @@ int run(const Problem& problem, const Call& call) {
         params.groups = static_cast<int>(problem.k / problem.group_size);
     }
     const int scale_rows = plan.grouped ? kTileK / static_cast<int>(problem.group_size) : 0;
+    params.cluster = plan.cluster;
     params.block_bytes = layout::block_bytes(scale_rows, call.asymmetric ? std::max(scale_rows, 1) : 0);
     return reported(launch(static_cast<DType>(call.dtype), plan, params, call.device, stream));
 }
@@ -126,6 +128,7 @@ int marlin_gptq_plan(int64_t m, int64_t n, int64_t k, int64_t group_size, int32_
     plan->grouped = chosen.grouped;
     plan->ctas_per_sm = chosen.ctas_per_sm;
     plan->grid = chosen.grid;
+    plan->cluster = chosen.cluster;
     plan->threads = chosen.threads;
     plan->m_tiles = chosen.m_tiles;
     plan->n_tiles = chosen.n_tiles;

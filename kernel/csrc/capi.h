@@ -41,7 +41,7 @@ enum {
 struct marlin_gptq_plan_t {
     int32_t family; /* 0: sm80/gemm.cuh, 1: sm90/decode.cuh */
     int32_t tile_m, tile_n, tile_k, stages;
-    int32_t grouped, ctas_per_sm, grid, threads;
+    int32_t grouped, ctas_per_sm, grid, cluster, threads; /* cluster: blocks of one, where as many fit on the device */
     int32_t m_tiles, n_tiles, k_tiles, shared_bytes;
     int64_t units;
     const char* reason;

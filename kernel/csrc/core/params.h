@@ -26,6 +26,7 @@ struct GemmParams {
     int asymmetric;           // there are zero points
     int ring_slots;           // sm90/decode.cuh: depth of the ring
     int shared_bytes;         // sm90/decode.cuh: of a block
+    int cluster;              // sm90/decode.cuh: blocks of a cluster; more than 1: they share a tile, and no others do
     int block_bytes;          // sm90/decode.cuh: of a block of weights
     int overlap;              // sm90/decode.cuh: weights and scales may be read before the previous grid has ended
     int units_each, units_rest;  // sm90/decode.cuh: units == units_each * grid + units_rest

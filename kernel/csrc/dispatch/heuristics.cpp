@@ -46,14 +46,14 @@ struct DecodeShape {
     int tile_m;
     sm90::Groups groups;
     sm90::Source source;
-    int tile_n, warps_k, threads;
+    int tile_n, warps_k, threads, max_cluster;
     size_t slot_bytes, tail_bytes;
 };
 
 template <class Cfg>
 constexpr DecodeShape decode_shape() {
-    return {Cfg::kTileM,  Cfg::kGroups,  Cfg::kSource,    Cfg::kTileN,
-            Cfg::kWarpsK, Cfg::kThreads, Cfg::kSlotBytes, Cfg::kTailBytes};
+    return {Cfg::kTileM,   Cfg::kGroups,     Cfg::kSource,    Cfg::kTileN,    Cfg::kWarpsK,
+            Cfg::kThreads, Cfg::kMaxCluster, Cfg::kSlotBytes, Cfg::kTailBytes};
 }
 
 constexpr DecodeShape kDecodeShapes[] = {
@@ -88,6 +88,7 @@ bool plan_decode(const Problem& problem, const DeviceShape& device, const Row& r
         plan->source = shape.source;
         plan->ctas_per_sm = 1;
         plan->threads = shape.threads;
+        plan->cluster = shape.max_cluster;
         plan->shared_bytes = plan->stages * shape.slot_bytes + shape.tail_bytes;
         return true;
     }
@@ -135,8 +136,12 @@ Plan choose_config(const Problem& problem, const DeviceShape& device) {
         // Idle SMs cost less than blocks that cross from one tile into the next, which have two tiles to add up: with 96
         // of 132 SMs at work (4096, 12288) takes 11.6 us instead of 12.9.
         const int64_t splits = std::max<int64_t>(plan.grid / n_tiles, 1);
-        if (n_tiles * splits <= plan.grid && n_tiles * splits * 100 >= int64_t{plan.grid} * kAlignedPercent && splits <= k_tiles)
+        const int most = plan.cluster;
+        plan.cluster = 1;
+        if (n_tiles * splits <= plan.grid && n_tiles * splits * 100 >= int64_t{plan.grid} * kAlignedPercent && splits <= k_tiles) {
             plan.grid = static_cast<int>(n_tiles * splits);
+            if (splits <= most) plan.cluster = static_cast<int>(splits);
+        }
     }
     plan.partial_bytes = size_t{4} * plan.tile_m * plan.tile_n;
     return plan;

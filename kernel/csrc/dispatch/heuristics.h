@@ -39,6 +39,7 @@ struct Plan {
     int k_tiles = 0;
     int64_t units = 0;
     int grid = 0;
+    int cluster = 1;  // blocks that share a tile and nothing else, where they may be a cluster
     size_t shared_bytes = 0;
     size_t partial_bytes = 0;  // of a tile in the workspace
     const char* reason = nullptr;

@@ -51,7 +51,12 @@ struct DecodeConfig {
     // against bank conflicts.
     static constexpr int kReduceRow = kTileN + 4;
     static constexpr int kReduceBytes = kWarpsK * kTileM * kReduceRow * 4;
-    static constexpr int kTailBytes = kReduceBytes + kMaxSlots * 16;
+    static constexpr int kBarrierBytes = kMaxSlots * 16 + 16;
+
+    // Behind those, for blocks of a cluster that share a tile: the sums of all but the first of them.
+    static constexpr int kMaxCluster = kTileM <= 16 ? 4 : 1;
+    static constexpr int kClusterOffset = kReduceBytes + kBarrierBytes;  // from the end of the ring
+    static constexpr int kTailBytes = kClusterOffset + (kMaxCluster - 1) * kTileM * kTileN * 4;
 
     static_assert(kTileM % 8 == 0 && kWarps <= kTicketsPerBlock);
     static_assert(kActivationBytes % 1024 == 0 && kWeightBytes % 128 == 0);

@@ -74,9 +74,10 @@ __device__ __forceinline__ void compute(const GemmParams& p, const Shares& share
         Sums<Cfg> sums;
         reduce_warps<Cfg>(buffer, p.m, acc, sums);
         if (until < count) __syncthreads();  // the buffer has been read, before the next tile's totals come
+        bool last = true;
+        if (Cfg::kMaxCluster > 1 && p.cluster > 1) last = reduce_cluster<Cfg>(p, ring, sums);
         if (Piece<Cfg>::valid(0, p.m)) {
-            bool last = true;
-            if (shared_tile) last = reduce_blocks<Cfg>(p, first_block, last_block, sums);
+            if (shared_tile && p.cluster == 1) last = reduce_blocks<Cfg>(p, first_block, last_block, sums);
             if (last) store<Cfg>(p, n_tile * Cfg::kTileN, sums);
         }
         done = until;
@@ -98,6 +99,12 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
         if (warp == Cfg::kWarps - 1 && Cfg::kSource == Source::marlin) ptx::prefetch_map(&maps.weights);
         if (warp == Cfg::kWarps - 2) ptx::prefetch_map(&maps.activations);
         ring.init();
+        if (Cfg::kMaxCluster > 1 && p.cluster > 1 && warp == 0 && ptx::cluster_rank() == 0) {
+            ptx::mbarrier_init(ring.cluster_full(), 1);
+            ptx::mbarrier_init_fence();
+            const int rows = min(p.m, Cfg::kTileM);
+            ptx::mbarrier_arrive_expect(ring.cluster_full(), (p.cluster - 1) * rows * Cfg::kTileN * 4);
+        }
     }
     const Shares shares{static_cast<int>(p.units), static_cast<int>(gridDim.x), p.units_each, p.units_rest};
     const int begin = shares.first(blockIdx.x);
@@ -105,6 +112,7 @@ __global__ void __launch_bounds__(Cfg::kThreads, 1)
     const int n_tile = begin / p.k_tiles, k_tile = begin % p.k_tiles;
     const int first = min(count, ring.slots);
     __syncthreads();
+    if (Cfg::kMaxCluster > 1 && p.cluster > 1) ptx::cluster_arrive();
     if (!p.overlap) ptx::wait_for_previous_grid();
     // All warps share in filling the ring for the first time.
     Loader<Cfg> loader(p, maps, ring, n_tile, k_tile);
@@ -133,6 +141,22 @@ bool compiled() {
     return cudaFuncGetAttributes(&attributes, decode_kernel<Cfg>) == cudaSuccess && attributes.ptxVersion >= 90;
 }
 
+// Whether `count` clusters of `size` blocks are on the device at once: else the last ones would start late.
+template <class Cfg>
+bool clusters_fit(int size, int count, cudaLaunchConfig_t config, int device) {
+    static std::atomic<int> known[64][5];  // most of them, and one
+    if (device >= 64 || size > 4) return false;
+    int most = known[device][size].load(std::memory_order_acquire) - 1;
+    if (most < 0) {
+        if (cudaOccupancyMaxActiveClusters(&most, decode_kernel<Cfg>, &config) != cudaSuccess) {
+            cudaGetLastError();
+            most = 0;
+        }
+        known[device][size].store(most + 1, std::memory_order_release);
+    }
+    return count <= most;
+}
+
 template <class Cfg>
 cudaError_t launch_decode(const GemmParams& params, const Maps& maps, int grid, int device, cudaStream_t stream) {
     const int shared_bytes = params.shared_bytes;
@@ -144,17 +168,24 @@ cudaError_t launch_decode(const GemmParams& params, const Maps& maps, int grid, 
         if (error != cudaSuccess) return error;
         if (device < 64) asked[device].store(shared_bytes, std::memory_order_release);
     }
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = params.cluster;
+    attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(grid);
     config.blockDim = dim3(Cfg::kThreads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
-    config.attrs = &attribute;
+    config.attrs = attributes;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, decode_kernel<Cfg>, params, maps);
+    GemmParams p = params;
+    if (p.cluster > 1 && !clusters_fit<Cfg>(p.cluster, grid / p.cluster, config, device)) p.cluster = 1;
+    attributes[0].val.clusterDim.x = p.cluster;
+    config.numAttrs = 2;
+    return cudaLaunchKernelEx(&config, decode_kernel<Cfg>, p, maps);
 }
 
 }  // namespace marlin_gptq::sm90

@@ -123,7 +123,6 @@ __device__ __forceinline__ void multiply_unit(const Unit<Cfg>& unit, int group_s
     constexpr int kPairs = U::kSteps / 2, kPieces = U::kBatches * kPairs;
     constexpr int kAhead = kBlocks == 1 ? U::kBatches - 1 : 1;
     constexpr int kTokensAhead = kBlocks == 1 ? kPieces - 1 : 1;
-    constexpr bool kBranch = !U::kMarlin && kBlocks > 1;
     uint32_t loaded[U::kBatches][U::kLoads][U::kWords];
     uint32_t tokens[kPieces][kBlocks][4];
     const auto read_words = [&](int batch) {
@@ -143,34 +142,31 @@ __device__ __forceinline__ void multiply_unit(const Unit<Cfg>& unit, int group_s
     for (int batch = 0; batch < U::kBatches; ++batch) {
         if (batch + kAhead < U::kBatches) read_words(batch + kAhead);
 #pragma unroll
-        for (int i = 0; i < kPairs; ++i) {
-            const int piece = batch * kPairs + i, step = U::first_step(batch) + 2 * i;
-            if (piece + kTokensAhead < kPieces) read_tokens(piece + kTokensAhead);
+        for (int i = 0; i < U::kSteps; ++i) {
+            const int step = U::first_step(batch) + i, piece = batch * kPairs + i / 2;
+            if (i % 2 == 0 && piece + kTokensAhead < kPieces) read_tokens(piece + kTokensAhead);
 #pragma unroll
             for (int t = 0; t < U::kTiles; ++t) {
-                auto& sums = Cfg::kGroups == Groups::column ? total[U::first_tile(batch) + t] : products[U::first_tile(batch) + t];
-                uint32_t first[4], second[4];
-                dequantize<kDtype>(loaded[batch][U::kMarlin ? 2 * i : t][U::kMarlin ? t : 2 * i], first);
-                dequantize<kDtype>(loaded[batch][U::kMarlin ? 2 * i + 1 : t][U::kMarlin ? t : 2 * i + 1], second);
+                const int j = U::first_tile(batch) + t;
+                uint32_t fragment[4];
+                dequantize<kDtype>(loaded[batch][U::kMarlin ? i : t][U::kMarlin ? t : i], fragment);
 #pragma unroll
                 for (int b = 0; b < kBlocks; ++b) {
-                    const auto& both = tokens[piece][b];
-                    if ((Cfg::kGroups == Groups::unit && step == 0) || Cfg::kGroups == Groups::part) {
-                        ptx::mma_m16n8k16<kDtype>(sums[b], first, both[0], both[1], zero);
+                    auto& sum = Cfg::kGroups == Groups::column ? total[j][b] : products[j][b];
+                    const uint32_t b0 = tokens[piece][b][i % 2 * 2], b1 = tokens[piece][b][i % 2 * 2 + 1];
+                    if ((Cfg::kGroups == Groups::unit && step == 0) || (Cfg::kGroups == Groups::part && step % 2 == 0)) {
+                        ptx::mma_m16n8k16<kDtype>(sum, fragment, b0, b1, zero);
                     } else {
-                        ptx::mma_m16n8k16<kDtype>(sums[b], first, both[0], both[1], sums[b]);
+                        ptx::mma_m16n8k16<kDtype>(sum, fragment, b0, b1, sum);
                     }
                 }
-#pragma unroll
-                for (int b = 0; b < kBlocks; ++b)
-                    ptx::mma_m16n8k16<kDtype>(sums[b], second, tokens[piece][b][2], tokens[piece][b][3], sums[b]);
             }
             // Groups of 128 end with the unit; in groups of 32 or 64 the products are scaled every 32 k. That group_shift
             // is asked for what is known of it anyway makes a branch, which keeps the compiler from beginning with
             // everything at once: there are no registers for that.
             bool ends = false;
-            if (Cfg::kGroups == Groups::unit) ends = step + 1 == U::kLast && (!kBranch || group_shift == 2);
-            if (Cfg::kGroups == Groups::part) ends = group_shift < 2;
+            if (Cfg::kGroups == Groups::unit) ends = step == U::kLast;
+            if (Cfg::kGroups == Groups::part) ends = step % 2 == 1 && group_shift < 2;
             if (ends) {
 #pragma unroll
                 for (int t = 0; t < U::kTiles; ++t)

@@ -24,6 +24,8 @@ struct Ring {
     }
     __device__ __forceinline__ uint32_t full(int i) const { return barriers + 16 * i; }
     __device__ __forceinline__ uint32_t empty(int i) const { return barriers + 16 * i + 8; }
+    __device__ __forceinline__ uint32_t cluster_sums() const { return barriers + Cfg::kBarrierBytes; }
+    __device__ __forceinline__ uint32_t cluster_full() const { return barriers + kMaxSlots * 16; }
 
     // By one thread of every warp: the hardware takes the barriers of one warp one by one.
     __device__ __forceinline__ void init() const {

@@ -5,9 +5,12 @@
 #include "core/layout.cuh"
 #include "core/params.h"
 #include "core/types.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/ldst.cuh"
+#include "ptx/mbarrier.cuh"
 #include "sm90/config.h"
 #include "sm90/decode_multiply.cuh"
+#include "sm90/decode_ring.cuh"
 
 namespace marlin_gptq::sm90 {
 
@@ -104,6 +107,35 @@ __device__ __forceinline__ bool reduce_blocks(const GemmParams& p, int first, in
             if (P::valid(i, p.m)) accumulate(sums[i], __ldcg(from + i * kStep));
     }
     if (lane == 0) *ticket = 0;  // clean for the next launch
+    return true;
+}
+
+// The same where the blocks of a cluster share one tile and nothing else: the others send their sums into the shared memory
+// of the first, which adds them in the order of the blocks and returns true. Called by all threads.
+template <class Cfg>
+__device__ __forceinline__ bool reduce_cluster(const GemmParams& p, const Ring<Cfg>& ring, Sums<Cfg>& sums) {
+    using P = Piece<Cfg>;
+    constexpr int kStep = P::kRows * P::kRow * 16;
+    ptx::cluster_wait();  // the first block has set up its barrier
+    const uint32_t rank = ptx::cluster_rank(), mine = ring.cluster_sums() + threadIdx.x * 16;
+    if (rank != 0) {
+        const uint32_t there = ptx::in_block(mine + (rank - 1) * static_cast<uint32_t>(P::kSlot) * 16, 0);
+        const uint32_t full = ptx::in_block(ring.cluster_full(), 0);
+#pragma unroll
+        for (int i = 0; i < P::kAll; ++i)
+            if (P::valid(i, p.m)) ptx::store_remote(there + i * kStep, sums[i], full);
+        return false;
+    }
+    ptx::mbarrier_wait(ring.cluster_full(), 0);
+    for (uint32_t other = 1; other < ptx::cluster_size(); ++other) {
+#pragma unroll
+        for (int i = 0; i < P::kAll; ++i) {
+            if (!P::valid(i, p.m)) continue;
+            const uint4 bits = ptx::load_shared_16(mine + (other - 1) * static_cast<uint32_t>(P::kSlot) * 16 + i * kStep);
+            accumulate(sums[i], {__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                                 __uint_as_float(bits.w)});
+        }
+    }
     return true;
 }
 
