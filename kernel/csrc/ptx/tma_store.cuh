@@ -25,9 +25,8 @@ __device__ __forceinline__ void tensor_store(const void* map, int column, int ro
 
 __device__ __forceinline__ void tensor_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Until this thread's stores have left shared memory, or have ended.
+// Until this thread's stores have left shared memory.
 __device__ __forceinline__ void tensor_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ __forceinline__ void tensor_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // A barrier of `threads` threads of the block, other than that of __syncthreads (id 0).
 __device__ __forceinline__ void named_barrier(int id, int threads) {

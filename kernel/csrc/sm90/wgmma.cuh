@@ -114,7 +114,8 @@ template <class Cfg>
 __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaMaps& maps, const WgmmaShared<Cfg>& shared,
                                         char* memory, int consumer, int pair) {
     const Schedule& schedule = p.schedule;
-    const Lane<Cfg> lane(consumer, p.block_bytes);
+    Lane<Cfg> lane(consumer, p.block_bytes);
+    if constexpr (Cfg::kPairs == 1) lane.keep();
     auto* buffer = reinterpret_cast<float4*>(memory + WgmmaShared<Cfg>::kPairOffset);
     auto* flag = reinterpret_cast<volatile unsigned*>(memory + WgmmaShared<Cfg>::kFlagOffset) + consumer;
     const auto give_back = [&](uint32_t barrier) {
@@ -122,15 +123,15 @@ __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaMaps& m
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
     };
     ptx::wait_for_previous_grid();  // the workspace and C may be in use until then
-    Fragments<Cfg> fragments{};
-    ptx::keep(fragments[0]);
-    ptx::keep(fragments[1]);
     RingPosition<Cfg> at;
     Walk walk(schedule, blockIdx.x, gridDim.x);
     Segment segment;
     int turn = 0;  // of the pairs
     while (walk.next(schedule, &segment)) {
+        Fragments<Cfg> fragments{};
         WgmmaSums<Cfg> totals{}, products{};
+        ptx::keep(fragments[0]);
+        ptx::keep(fragments[1]);
         ptx::keep(products);
         uint32_t release = 0;
 #pragma unroll 1
@@ -173,7 +174,7 @@ __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaMaps& m
                             n_tile_of(schedule, segment.tile) * Cfg::kTileN + consumer * 64 * Cfg::kRowTiles,
                             shared.out(consumer), sums);
     }
-    if (pair == 0 && threadIdx.x % kWarpgroup == 0) ptx::tensor_store_wait();
+    if (pair == 0 && threadIdx.x % kWarpgroup == 0) ptx::tensor_store_wait_read();  // shared memory must outlive its readers
 }
 
 template <class Cfg>

@@ -7,12 +7,6 @@
 #include "core/config.h"
 #include "sm90/config.h"
 
-#ifndef K6_SCALE
-#define K6_SCALE 64
-#endif
-#ifndef K6_STEPS
-#define K6_STEPS (kTileM == 64 && kRowTiles == 2 && kScaleSums ? 2 : 4)
-#endif
 namespace marlin_gptq::sm90 {
 
 constexpr int kBlockN = 128;             // channels of a block of the run-time layout (kernel/blocked.py)
@@ -51,13 +45,13 @@ struct WgmmaConfig {
     static constexpr int kTileN = kBlockN * kBlocks;
     static constexpr int kSums = kTileM / 2;   // accumulators of a thread in one 64-channel tile
 
-    // Scales of groups of 128 multiply FP32 accumulators while tokens are few: kTileM / 2 multiplications instead of 32
-    // for each 64 channels, and more exact. Otherwise they multiply the fragments.
-    static constexpr bool kScaleSums = kGroups == Groups::unit && kTileM <= K6_SCALE;
+    // Scales of groups of 128 multiply FP32 sums while tokens are few: kTileM / 2 multiplications instead of 32 for each 64
+    // channels, and more exact. Otherwise they multiply the fragments, which saves waiting for the products of each group.
+    static constexpr bool kScaleSums = kGroups == Groups::unit && kTileM <= 32;
     static constexpr bool kScaleFragments = kGroups != Groups::column && !kScaleSums;
-    // Steps of 16 k whose products are issued together. Short products are issued in fours, so that fences and waits are
-    // few; long ones hide them.
-    static constexpr int kSteps = K6_STEPS;
+    // Steps of 16 k whose products are issued together. Two such groups a unit, one for each buffer of fragments; with more
+    // the compiler takes the buffers for one and serialises the products (its note C7513).
+    static constexpr int kSteps = 4;
 
     // A stage of the ring: activations (two boxes of 64 k, kTileM rows of 128 bytes), then the blocks of weights.
     static constexpr int kBoxBytes = kTileM * kBoxK * 2;

@@ -4,6 +4,7 @@
 
 #include "core/params.h"
 #include "core/types.cuh"
+#include "ptx/ldst.cuh"
 #include "ptx/tma_store.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm90/wgmma_launch.h"
@@ -64,16 +65,15 @@ __device__ __forceinline__ bool sum_blocks(const WgmmaParams& p, int consumer, i
 #pragma unroll
         for (int j = 0; j < kPieces; ++j) __stcg(piece(slot, i, j), mine(i, j));
 
-    __threadfence();
+    // What the warpgroup wrote is ordered before its ticket by the barrier, and its ticket before what it reads by the next.
     ptx::named_barrier(1 + consumer, kWarpgroup);
     unsigned* ticket = p.tickets + first * kTicketsPerBlock + consumer;
-    if (thread % kWarpgroup == 0) *flag = atomicAdd(ticket, 1u);
+    if (thread % kWarpgroup == 0) *flag = ptx::count_one(ticket);
     ptx::named_barrier(1 + consumer, kWarpgroup);
     const bool came_last = *flag == static_cast<unsigned>(last - first);
     ptx::named_barrier(1 + consumer, kWarpgroup);  // the flag has been read
     if (!came_last) return false;
 
-    __threadfence();
     if (last - first == 1) {  // x + y == y + x: no need to keep the order
         const int64_t other = me == first ? 2 * static_cast<int64_t>(last) : 2 * static_cast<int64_t>(first) + 1;
 #pragma unroll
@@ -89,7 +89,9 @@ __device__ __forceinline__ bool sum_blocks(const WgmmaParams& p, int consumer, i
         for (int i = 0; i < Cfg::kRowTiles; ++i)
 #pragma unroll
             for (int j = 0; j < kPieces; ++j) set(i, j, __ldcg(piece(2 * static_cast<int64_t>(first) + 1, i, j)));
-#pragma unroll 1
+        // Small tiles read several blocks' parts at once: each trip to L2 takes as long as all the additions.
+        constexpr int kAtOnce = Cfg::kSums * Cfg::kRowTiles <= 8 ? 4 : Cfg::kSums * Cfg::kRowTiles <= 16 ? 2 : 1;
+#pragma unroll kAtOnce
         for (int block = first + 1; block <= last; ++block) {
 #pragma unroll
             for (int i = 0; i < Cfg::kRowTiles; ++i)

@@ -23,7 +23,7 @@ template <class Cfg>
 struct Lane {
     uint32_t codes[Cfg::kRowTiles];  // of the first 64 k; the second 64 are 4096 further
     uint32_t rows[Cfg::kRowTiles];   // first row of scales, or of zero points where there are none
-    int position[Cfg::kRowTiles];    // pair of channels within such a row
+    uint32_t position[Cfg::kRowTiles];  // pair of channels within such a row
 
     // `tile`: the 64-channel tile within the block of threads; tiles 2i and 2i + 1 share a block of the layout.
     __device__ __forceinline__ Lane(int consumer, int block_bytes) {
@@ -37,6 +37,13 @@ struct Lane {
             rows[i] = block + kBlockCodeBytes;
             position[i] = row_tile * 8 + lane / 4;
         }
+    }
+
+    // In registers: left to itself the compiler computes all this anew for every unit.
+    __device__ __forceinline__ void keep() {
+        ptx::keep(codes);
+        ptx::keep(rows);
+        ptx::keep(position);
     }
 };
 

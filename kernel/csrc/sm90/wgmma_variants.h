@@ -6,12 +6,8 @@
 // them that take turns along k.
 #define MARLIN_GPTQ_WGMMA_TILES(X, ...) \
     X(16, 1, 2, __VA_ARGS__)            \
-    X(32, 1, 1, __VA_ARGS__)            \
     X(32, 1, 2, __VA_ARGS__)            \
-    X(32, 2, 1, __VA_ARGS__)            \
     X(64, 1, 1, __VA_ARGS__)            \
     X(64, 1, 2, __VA_ARGS__)            \
-    X(64, 2, 1, __VA_ARGS__)            \
     X(128, 1, 1, __VA_ARGS__)           \
-    X(128, 2, 1, __VA_ARGS__)           \
-    X(256, 1, 1, __VA_ARGS__)
+    X(128, 2, 1, __VA_ARGS__)
