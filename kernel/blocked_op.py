@@ -11,10 +11,11 @@ from torch import Tensor
 from marlin_gptq.kernel import library, op
 from marlin_gptq.kernel.blocked import check_blocks, from_blocks, stored_scales
 from marlin_gptq.kernel.checks import TILE_K
+from marlin_gptq.kernel.decode_blocks import decode_blocks
 from marlin_gptq.kernel.reference import dequantize
 
 CAPABILITY = (9, 0)
-_ALIGNMENT = {"a": 16, "blocks": 16, "scales": 2, "bias": 2}  # bytes
+DECODE_TOKENS = 16  # up to here the decode family is the faster one
 
 _torch_library = torch.library.Library("marlin_gptq", "FRAGMENT")
 _torch_library.define(
@@ -127,6 +128,8 @@ def _gemm_blocked_cuda(
     out = a.new_empty((m, n))
     if m == 0:
         return out
+    if choice is None and m <= DECODE_TOKENS:
+        return decode_blocks(a, blocks, scales, bias, n, group_size, asymmetric)
     code = library.loaded().marlin_gptq_gemm_blocked(  # type: ignore[union-attr]
         a.data_ptr(),
         blocks.data_ptr(),
@@ -146,7 +149,7 @@ def _gemm_blocked_cuda(
         None if choice is None else ctypes.byref(choice),
     )
     if code:
-        _check_alignment(a=a, blocks=blocks, scales=scales, bias=bias)
+        op._check_alignment(a=a, blocks=blocks, scales=scales, bias=bias)
         raise RuntimeError(f"marlin_gptq.gemm_blocked on cuda:{device}: {library.error_string(code)}")
     return out
 
@@ -171,15 +174,6 @@ def why_not_blocked(device: int) -> str:
     if "sm_90a" not in status.architectures:
         return f"the kernel is compiled for {', '.join(status.architectures)}; blocks need sm_90a."
     return ""
-
-
-def _check_alignment(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and (offset := tensor.data_ptr() % _ALIGNMENT[name]):
-            raise ValueError(
-                f"{name}: got an address {offset} bytes past a multiple of {_ALIGNMENT[name]}, "
-                f"expected a multiple of {_ALIGNMENT[name]} (copy the slice: .clone())"
-            )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -23,7 +23,7 @@ def decode_blocks(
     """a [M, K] · W (+ bias [N]) → [M, N], with the arguments of `gemm_blocked`, which has checked them.
 
     M at most MAX_TOKENS. blocks start on 128 bytes, a and scales on 16, bias on 8. grid: 0, or a number of blocks to
-    force, for tests. RuntimeError for what the library refuses.
+    force, for tests. ValueError for a misaligned tensor, RuntimeError for what else the library refuses.
     """
     m, k = a.shape
     device = a.device.index
@@ -49,5 +49,6 @@ def decode_blocks(
         op._overlap,
     )
     if code:
+        op._check_alignment(a=a, blocks=blocks, scales=scales, bias=bias)
         raise RuntimeError(f"marlin_gptq.decode_blocks on cuda:{device}: {library.error_string(code)}")
     return out

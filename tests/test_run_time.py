@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from marlin_gptq import MarlinLinear, QuantizationConfig, kernel, quantize_model
+from marlin_gptq import MarlinLinear, QuantizationConfig, quantize_model
 from marlin_gptq.eval.throughput import memory
 from marlin_gptq.modeling import run_time
 from marlin_gptq.modeling.blocks import BlockStream
@@ -20,7 +20,6 @@ from marlin_gptq.modeling.fused import Projection, split_projections
 from marlin_gptq.quantization.gptq import rtn_quantize
 from marlin_gptq.quantization.weight import QuantizedWeight
 
-pytestmark = pytest.mark.skipif(not hasattr(kernel, "blocked"), reason="this kernel has no blocks")
 CPU = torch.device("cpu")
 
 
@@ -54,6 +53,8 @@ def test_a_layer_in_blocks(columns: int, rows: int, group_size: int, asymmetric:
     assert torch.equal(layer(x), plain(x))
     if not asymmetric:  # in half precision through the reference of each kernel
         torch.testing.assert_close(layer(x.half()), plain(x.half()))
+    with pytest.raises(TypeError, match=r"scales: got blocks of float16, expected scales of bfloat16"):
+        layer(x.bfloat16())
     twin = copy.deepcopy(layer)
     layer.load_state_dict(dict(plain.state_dict()) | {"scales": 2 * plain.scales, "bias": 0 * plain.bias})
     assert layer.blocks is not None and torch.equal(layer.dequantize(), 2 * quantized.dequantize())

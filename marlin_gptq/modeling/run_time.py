@@ -7,17 +7,12 @@ whenever they are asked for.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from marlin_gptq import kernel
-
-# What a kernel that has no blocks does not bring along.
-_BLOCKED: Any = getattr(kernel, "blocked", None)
-_GEMM: Any = getattr(kernel, "gemm_blocked", None)
-_WHY_NOT: Any = getattr(kernel, "why_not_blocked", None)
+from marlin_gptq.kernel import blocked, gemm_blocked, why_not_blocked
 
 
 class Blocks(NamedTuple):
@@ -36,7 +31,7 @@ class Blocks(NamedTuple):
 
 def wanted(device: torch.device) -> bool:
     """Whether weights on this device are to lie in blocks."""
-    return device.type == "cuda" and _BLOCKED is not None and not _WHY_NOT(device.index)
+    return device.type == "cuda" and not why_not_blocked(device.index)
 
 
 def to_blocks(tensors: dict[str, Tensor], group_size: int) -> Blocks:
@@ -44,8 +39,8 @@ def to_blocks(tensors: dict[str, Tensor], group_size: int) -> Blocks:
     qweight, scales, zeros = tensors["qweight"], tensors["scales"], tensors.get("qzeros")
     per_column = scales.shape[0] == 1
     group_size = -1 if per_column else group_size
-    words = _BLOCKED.to_blocks(qweight, scales, zeros, group_size)
-    natural = _BLOCKED.natural_scales(scales) if per_column else None
+    words = blocked.to_blocks(qweight, scales, zeros, group_size)
+    natural = blocked.natural_scales(scales) if per_column else None
     k, n = 16 * qweight.shape[0], scales.shape[1]
     return Blocks(words, natural, n, k, group_size, zeros is not None, scales.dtype)
 
@@ -53,15 +48,21 @@ def to_blocks(tensors: dict[str, Tensor], group_size: int) -> Blocks:
 def from_blocks(blocks: Blocks) -> dict[str, Tensor]:
     """Exact inverse of `to_blocks`."""
     words, natural, n, k, group_size, asymmetric, dtype = blocks
-    qweight, scales, zeros = _BLOCKED.from_blocks(words, n, k, group_size, asymmetric, dtype)
-    stored = scales if natural is None else _BLOCKED.stored_scales(natural)
+    qweight, scales, zeros = blocked.from_blocks(words, n, k, group_size, asymmetric, dtype)
+    stored = scales if natural is None else blocked.stored_scales(natural)
     tensors = {"qweight": qweight, "scales": stored, "qzeros": zeros}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def gemm(rows: Tensor, blocks: Blocks, bias: Tensor | None) -> Tensor:
-    """rows [M, K] · W (+ bias [N]) → [M, N]."""
-    found: Tensor = _GEMM(
+    """rows [M, K] · W (+ bias [N]) → [M, N]. TypeError unless rows have the dtype of the scales.
+
+    Blocks are words: what their scales are is known here alone, and read as another type they would be other numbers.
+    """
+    if rows.dtype != blocks.dtype:
+        got, needed = (str(dtype).removeprefix("torch.") for dtype in (blocks.dtype, rows.dtype))
+        raise TypeError(f"scales: got blocks of {got}, expected scales of {needed} (the dtype of a)")
+    found: Tensor = gemm_blocked(
         rows,
         blocks.words,
         blocks.scales,
