@@ -298,6 +298,7 @@ def test_another_device_than_the_current_one() -> None:
         (11, 256, 128, 64),
         (20, 384, 192, 128),
         (70, 512, 192, 128),
+        (2, 256, 6144, 128),  # sums through clusters
     ],
 )
 def test_inputs_from_host_memory(m: int, k: int, n: int, group_size: int) -> None:
