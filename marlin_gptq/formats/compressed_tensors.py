@@ -6,7 +6,7 @@ and store them plus 8, which is our code.
     weight_packed      int32 [N, ⌈K/8⌉]         word (n, r) holds the codes of input features 8r … 8r+7 of output n
     weight_scale       16-bit float [N, groups]
     weight_shape       int64 [2]                N, K
-    weight_zero_point  int32 [⌈N/8⌉, groups]    asymmetric only: word (c, γ) holds the zero points of outputs 8c … 8c+7
+    weight_zero_point  int32 [⌈N/8⌉, groups]    asymmetric only: word (c, g) holds the zero points of outputs 8c … 8c+7
     weight_g_idx       int32 [K]                act-order only: the group of each input feature
 
 Axes that are no multiple of 8 are filled with nibbles of 0.

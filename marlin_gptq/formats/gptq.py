@@ -3,7 +3,7 @@
 K is in_features, N out_features; element i of a word sits in bits [4i, 4i+4).
 
     qweight  int32 [K/8, N]         word (r, n) holds the codes of input features 8r … 8r+7 of output n
-    qzeros   int32 [groups, N/8]    word (γ, c) holds the zero points of outputs 8c … 8c+7
+    qzeros   int32 [groups, N/8]    word (g, c) holds the zero points of outputs 8c … 8c+7
     scales   float16 [groups, N]
     g_idx    int32 [K]              the group of each input feature; k // group_size unless act-order moved it
 
@@ -94,4 +94,3 @@ def groups_of_order(order: Tensor, groups: int) -> Tensor:
 def _require_version(version: int) -> None:
     if version not in VERSIONS:
         raise ValueError(f"version: got {version}, expected 1 or 2")
-
