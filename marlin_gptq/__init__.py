@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import marlin_gptq.modeling.hf  # noqa: F401 (registers the format)
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.conversion.convert import convert_checkpoint
+from marlin_gptq.conversion.load import load
 from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError, QuantizationError
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.pipeline import quantize_model
@@ -22,5 +24,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationError",
     "__version__",
+    "convert_checkpoint",
+    "load",
     "quantize_model",
 ]

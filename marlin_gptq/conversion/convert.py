@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ import torch
 
 from marlin_gptq.checkpoint import CheckpointWriter, require_space
 from marlin_gptq.conversion.linears import StoredLinear, exact_cast, refusal, with_scales, write_linear
+from marlin_gptq.conversion.original import StateDictWriter, open_source
 from marlin_gptq.conversion.parallel import split_problems, warnings_for
 from marlin_gptq.conversion.settings import (
     FORMATS,
@@ -23,7 +25,6 @@ from marlin_gptq.conversion.settings import (
     marlin_settings,
     settings_for,
 )
-from marlin_gptq.conversion.original import StateDictWriter, open_source
 from marlin_gptq.conversion.source import Source, Survey, run_linear, survey
 from marlin_gptq.errors import InputError
 from marlin_gptq.output_directory import CARD, LOG_FILE
@@ -62,6 +63,7 @@ def convert_checkpoint(
     *,
     base: Path | None = None,
     gptq_version: int | None = None,
+    name: str | None = None,
     shard_size: int = 10**9,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -72,6 +74,7 @@ def convert_checkpoint(
     to            one of FORMATS, or `original`: a state dict of the original Marlin repository.
     base          where `path` is such a state dict: the directory of the model it was made from.
     gptq_version  of a GPTQ result; by default 1 for a symmetric grid, which everything reads, and 2 for others.
+    name          what the model card calls the source; by default the name of its directory.
     progress      called with (done, total) linears.
 
     Codes, scales and zero points keep every bit; tensors that are not quantized are copied. All that the format cannot
@@ -94,19 +97,19 @@ def convert_checkpoint(
         owner = {part: name for name in source.linears for part in source.parts(name)}
         others, done = set(source.others()), set[str]()
         for tensor in source.store.names:  # file by file, as stored
-            name = owner.get(tensor)
-            if name is None:
+            owned_by = owner.get(tensor)
+            if owned_by is None:
                 if tensor in others:
                     writer.add(tensor, source.store.get(tensor))
-            elif name not in done:
-                done.add(name)
-                linear = _with_dtype(run_linear(source, name, found.scale_dtype), scale_dtype)
-                for full, value in write_linear(name, linear, target).items():
+            elif owned_by not in done:
+                done.add(owned_by)
+                linear = _with_dtype(run_linear(source, owned_by, found.scale_dtype), scale_dtype)
+                for full, value in write_linear(owned_by, linear, target).items():
                     writer.add(full, value)
                 if progress is not None:
                     progress(len(done), len(source.linears))
         report = ConversionReport(
-            source=path.resolve().name,
+            source=name or path.resolve().name,
             output=str(output),
             source_format=source.layout.title,
             format=target.title,
@@ -223,15 +226,21 @@ def _write_companions(
 ) -> None:
     config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "compression_config")}
     config |= {"dtype": report.dtype, "quantization_config": settings}
-    writer.copy_companions(source.directory, leave=("config.json", CARD, LOG_FILE, *OLD_FILES))
+    # The log of a quantization stays true of the codes, whatever holds them.
+    log = () if source.layout.format == "marlin" else (LOG_FILE,)
+    writer.copy_companions(source.directory, leave=("config.json", CARD, *log, *OLD_FILES))
     writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
     if settings["quant_method"] == "gptq":  # GPTQ's own tools look here first
         writer.write_text("quantize_config.json", json.dumps(settings, indent=2) + "\n")
-    writer.write_text(CARD, conversion_card(report))
+    card = source.directory / CARD
+    recipe = card.read_text("utf-8") if source.layout.format == "marlin" and card.is_file() else ""
+    writer.write_text(CARD, conversion_card(report, recipe))
 
 
-def conversion_card(report: ConversionReport) -> str:
-    """Markdown: what the directory is, where it came from, how to load it."""
+def conversion_card(report: ConversionReport, source_card: str = "") -> str:
+    """Markdown: what the directory is, where it came from, how to load it, and the recipe where `source_card` has it."""
+    table_found = re.search(r"^\| setting or figure \|.*?(?=^$)", source_card, flags=re.MULTILINE | re.DOTALL)
+    recipe = f"\n## How it was quantized\n\n{table_found[0]}" if table_found else ""
     rows = [
         ("format", report.format),
         ("converted from", f"{report.source} ({report.source_format}), codes and scales unchanged"),
@@ -260,9 +269,4 @@ import marlin_gptq
 
 model = marlin_gptq.load("PATH_OF_THIS_DIRECTORY")
 ```
-"""
-
-
-def layout_for(to: str, group_size: int) -> Layout:
-    """The layout of a freshly quantized, symmetric model in a format."""
-    return replace(Layout(to, group_size), sym=True)
+{recipe}"""
