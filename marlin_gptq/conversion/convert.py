@@ -136,7 +136,8 @@ def _target(source: Source, found: Survey, to: str, gptq_version: int | None) ->
     if gptq_version is not None and to != "gptq":
         raise InputError(f"GPTQ version: got {gptq_version} for the format {to}, which has no versions")
     version = gptq_version or (1 if found.symmetric else 2)
-    target = Layout(to, source.layout.group_size, found.symmetric, version, desc_act=bool(found.reordered))
+    symmetric = found.symmetric or to == ORIGINAL  # which knows nothing else: `refusal` looks at the values
+    target = Layout(to, source.layout.group_size, symmetric, version, desc_act=bool(found.reordered))
     if target.title == source.layout.title:
         other = " (or another --gptq-version)" if to == "gptq" else ""
         raise InputError(f"{source.path}: is in the format {target.title} already; give another one{other}")
@@ -238,7 +239,7 @@ def _write_companions(
 
 
 def conversion_card(report: ConversionReport, source_card: str = "") -> str:
-    """Markdown: what the directory is, where it came from, how to load it, and the recipe where `source_card` has it."""
+    """Markdown: what the directory is, where it came from, how to load it; the recipe, where `source_card` has it."""
     table_found = re.search(r"^\| setting or figure \|.*?(?=^$)", source_card, flags=re.MULTILINE | re.DOTALL)
     recipe = f"\n## How it was quantized\n\n{table_found[0]}" if table_found else ""
     rows = [

@@ -214,8 +214,8 @@ def _verified(name: str, linear: StoredLinear, against: _Original) -> Verified:
     error = (weight - dequantized).abs()
     if against.source is not None and not torch.equal(weight, dequantized):
         raise CheckpointError(
-            f"{name}: {int((error > 0).sum())} of {error.numel()} weights differ from those of {against.directory}: this "
-            "is no conversion of it"
+            f"{name}: {int((error > 0).sum())} of {error.numel()} weights differ from those of {against.directory}: "
+            "this is no conversion of it"
         )
     relative = float((error.double() ** 2).sum() / (weight.double() ** 2).sum().clamp_min(1e-300))
     if not relative <= LARGEST_ERROR:

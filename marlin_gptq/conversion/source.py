@@ -90,12 +90,12 @@ def empty_model(config: Any, dtype: torch.dtype = torch.float16) -> nn.Module:
 
 def require_possible(directory: Path, raw: dict[str, Any], tensors: int) -> None:
     """InputError for sizes of a config that no model has, and for more layers than there are tensors."""
-    for key, value in _numbers(raw):
+    for key, value in _numbers({key: value for key, value in raw.items() if key != "quantization_config"}):
         if not key.endswith(SIZES) or isinstance(value, bool):
             continue
-        if value != value or not 0 <= value <= LARGEST_SIZE:
-            raise InputError(f"{directory}/config.json: {key}: got {value!r:.40}, expected 0 to {LARGEST_SIZE}")
-        if key.endswith("_layers") and value > tensors:
+        if not abs(value) <= LARGEST_SIZE:  # NaN too
+            raise InputError(f"{directory}/config.json: {key}: got {value!r:.40}, expected at most {LARGEST_SIZE}")
+        if key == "num_hidden_layers" and value > tensors:
             raise InputError(
                 f"{directory}/config.json: {key}: got {value}, but the files hold {tensors} tensors in all"
             )
