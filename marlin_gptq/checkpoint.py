@@ -113,8 +113,12 @@ def require_inside(directory: Path, name: str) -> Path:
             if not cached and not real.is_relative_to(home):
                 raise CheckpointError(f"{path}: a link to {real}, outside its directory; copy the file into it")
             mode = real.stat().st_mode
-    except (RuntimeError, NotADirectoryError) as error:  # a loop of links
-        raise CheckpointError(f"{path}: not readable ({error})") from error
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # too long, not encodable, a loop of links
+        raise CheckpointError(
+            f"{directory}: {name!r:.80} is no readable file of it ({type(error).__name__})"
+        ) from error
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: not a regular file")
     return path

@@ -1,4 +1,4 @@
-"""Our exports in other programs: stock transformers reads them, and its logits are ours; the settings engines look for."""
+"""Our exports elsewhere: stock transformers reads them and gives our logits; the settings that engines look for."""
 
 from __future__ import annotations
 

@@ -30,6 +30,20 @@ LARGEST_SIZE = 2**24  # of any dimension; a vocabulary of 16 million and a hidde
 SIZES = ("_size", "_dim", "_heads", "_layers", "_positions", "_ranks", "num_experts")
 
 
+_NO_MODEL = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What a model's config says about its linears, from a model without weights.
@@ -59,14 +73,13 @@ def architecture(directory: Path, tensors: int) -> Architecture:
     of those sizes is made.
     """
     require_possible(directory, read_json(directory / "config.json"), tensors)
-    config = read_config(directory)
     try:
+        config = read_config(directory)
         model = empty_model(config)
         blocks, _ = decoder_blocks(model, config)
     except InputError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        # The model's own constructor met values that its config allows.
+    except _NO_MODEL as error:  # from transformers' own constructors, which check only some of their values
         said = " ".join(str(error).split())[:300]
         raise InputError(f"{directory}/config.json: no model can be made of it: {said}") from error
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
