@@ -53,7 +53,7 @@ class Verified:
     relative_error  squared error of the dequantized weight over the squared original.
     largest         largest error of one weight in steps (|w − dq| / |scale|): rounding alone stays at 0.5; more is a
                     clipped weight, or one that GPTQ moved to make up for others.
-    beyond          share of weights further than half a step off.
+    beyond          share of weights further than half a step off, the rounding of the scales allowed for.
     """
 
     name: str
@@ -226,8 +226,9 @@ def _verified(name: str, linear: StoredLinear, against: _Original) -> Verified:
     steps = _steps(linear)
     off = error / steps
     off[steps == 0] = 0  # a group of scale 0 holds no weights
-    # Products of a code and a scale are exact in float32: only the rounding of the division is allowed for.
-    beyond = (off > 0.5 * (1 + 2**-10)).float().mean()
+    # A largest weight of 7.5 steps is that much further than half a step off once the step is rounded to its dtype.
+    rounding = 8 * torch.finfo(linear.weight.scales.dtype).eps / 2
+    beyond = (off > 0.5 + rounding).float().mean()
     return Verified(name, relative, float(off.max()), float(beyond))
 
 
