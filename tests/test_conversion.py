@@ -408,3 +408,37 @@ def test_an_imported_model_runs_block_by_block_too(tmp_path: Path) -> None:
             hidden = stream.run(index, hidden)
     expected = marlin_gptq.load(marlin)(sample[None]).logits
     assert (stream.head(hidden) - expected.float()).abs().max() < 0.02
+
+
+def test_settings_and_tensors_that_contradict_each_other(tmp_path: Path) -> None:
+    linears = save_foreign(tmp_path / "source", "gptq", act_order=True, symmetric=False)
+    marlin = convert(tmp_path / "source", "marlin")
+    settings = json.loads((marlin / "config.json").read_text())["quantization_config"]
+    change_config(marlin, quantization_config=settings | {"desc_act": False})
+    with pytest.raises(CheckpointError, match=r"input_order: there, but the settings say no act-order"):
+        marlin_gptq.load(marlin)
+    change_config(marlin, quantization_config=settings | {"sym": True})
+    with pytest.raises(CheckpointError, match="the settings say symmetric, but a zero point is"):
+        marlin_gptq.load(marlin)
+    change_config(marlin, quantization_config=settings)
+    order = torch.zeros(128, dtype=torch.int32)
+    change_tensors(marlin, {f"{Q}.input_order": order})
+    with pytest.raises(CheckpointError, match=r"input_order: not a permutation of its 128 input features"):
+        marlin_gptq.load(marlin)
+    assert len(linears) == 14
+
+
+def test_zero_points_of_old_compressed_tensors(tmp_path: Path) -> None:
+    """Signed and unpacked; zeros of a symmetric file, which some tools write, change nothing."""
+    linears = save_foreign(tmp_path / "source", "compressed-tensors", symmetric=False)
+    signed = {f"{name}.weight_zero_point": (one.zeros - 8).to(torch.int8) for name, one in linears.items()}
+    change_tensors(tmp_path / "source", signed)
+    opened = Source.of_directory(tmp_path / "source")
+    assert all(torch.equal(opened.linear(name).dequantize(), one.dense()) for name, one in linears.items())
+    plain = save_foreign(tmp_path / "plain", "compressed-tensors")
+    change_tensors(tmp_path / "plain", {name: torch.zeros_like(tensor) for name, tensor in signed.items()})
+    opened = Source.of_directory(tmp_path / "plain")
+    assert all(torch.equal(opened.linear(name).dequantize(), one.dense()) for name, one in plain.items())
+    change_tensors(tmp_path / "plain", {f"{Q}.weight_zero_point": torch.full((128, 4), 9, dtype=torch.int8)})
+    with pytest.raises(CheckpointError, match=r"weight_zero_point: got 9 to 9, expected -8 to 7"):
+        convert(tmp_path / "plain", "marlin")

@@ -27,7 +27,8 @@ from marlin_gptq.checkpoint import TensorStore, read_json, require_inside
 from marlin_gptq.conversion import source as source_module
 from marlin_gptq.conversion.original import open_source, read_state_dict
 from marlin_gptq.conversion.settings import layout_of, stored_settings
-from marlin_gptq.conversion.source import Source, require_possible, survey
+from marlin_gptq.conversion.source import Source, require_possible
+from marlin_gptq.conversion.survey import survey
 from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError
 
 KINDS = ("gptq", "awq", "compressed-tensors")

@@ -25,7 +25,8 @@ from marlin_gptq.conversion.settings import (
     marlin_settings,
     settings_for,
 )
-from marlin_gptq.conversion.source import Source, Survey, run_linear, survey
+from marlin_gptq.conversion.source import Source
+from marlin_gptq.conversion.survey import Survey, run_linear, survey
 from marlin_gptq.errors import InputError
 from marlin_gptq.output_directory import CARD, LOG_FILE
 

@@ -260,7 +260,7 @@ def skip_patterns(result: Written) -> tuple[str, ...]:
     """Patterns that match the kept linears and no other: one for those that every block keeps, else by full name."""
     start = re.compile(rf"^{re.escape(result.blocks)}\.\d+")
     quantized = {start.sub("", name) for name in result.linears}
-    patterns = {}
+    patterns: dict[str, None] = {}
     for name in result.kept:
         inner = start.sub("", name)
         uniform = inner != name and inner not in quantized

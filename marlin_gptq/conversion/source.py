@@ -12,24 +12,15 @@ from torch import nn
 
 from marlin_gptq.checkpoint import TensorStore, read_json
 from marlin_gptq.config import QuantizationConfig
-from marlin_gptq.conversion.linears import (
-    CODES,
-    PARTS,
-    ZERO_CODE,
-    StoredLinear,
-    Tensors,
-    exact_cast,
-    read_linear,
-    with_scales,
-)
+from marlin_gptq.conversion.linears import ZERO_CODE, StoredLinear
+from marlin_gptq.conversion.reading import CODES, PARTS, Tensors, read_linear
 from marlin_gptq.conversion.settings import Layout, layout_of, stored_settings
 from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.modeling.architecture import decoder_blocks, read_config
 
 LARGEST_SIZE = 2**24  # of any dimension; a vocabulary of 16 million and a hidden size as large are not seen
 SIZES = ("_size", "_dim", "_heads", "_layers", "_positions", "_ranks", "num_experts")
-
-
+# What the constructors of transformers raise on values that they do not check.
 _NO_MODEL = (
     ArithmeticError,
     AssertionError,
@@ -79,7 +70,7 @@ def architecture(directory: Path, tensors: int) -> Architecture:
         blocks, _ = decoder_blocks(model, config)
     except InputError:
         raise
-    except _NO_MODEL as error:  # from transformers' own constructors, which check only some of their values
+    except _NO_MODEL as error:
         said = " ".join(str(error).split())[:300]
         raise InputError(f"{directory}/config.json: no model can be made of it: {said}") from error
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -223,64 +214,3 @@ class Source:
         for name in self.architecture.biased.intersection(self.linears):
             if f"{name}.bias" not in self.store:
                 raise CheckpointError(f"{name}.bias: missing from {self.path}; fetch the checkpoint again")
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What only the values say; from scales, zero points and group orders, without codes.
-
-    symmetric    every zero point is 8.
-    reordered    linears whose groups moved.
-    scale_dtype  float16 or bfloat16: the one that the layers run in, into which every scale goes exactly.
-    """
-
-    symmetric: bool
-    reordered: tuple[str, ...]
-    scale_dtype: torch.dtype
-
-
-def survey(source: Source) -> Survey:
-    """Read all of a directory but its codes.
-
-    Scales keep their stored dtype, but where a model of bfloat16 was written with float16 scales (GPTQ and AWQ
-    files hold no others) and all of them are bfloat16 values, they are bfloat16 again; float32 scales go where they
-    fit exactly, or CheckpointError names the layer.
-    """
-    symmetric, reordered = True, []
-    wanted = _model_dtype(source)
-    fits = {torch.float16: True, torch.bfloat16: True}
-    first_stored: torch.dtype | None = None
-    awkward = ""
-    for name in source.linears:
-        linear = source.linear(name, with_codes=False)
-        symmetric &= linear.weight.zeros is None
-        if linear.input_order is not None:
-            reordered.append(name)
-        scales = linear.weight.scales
-        first_stored = first_stored or scales.dtype
-        for dtype in fits:
-            if fits[dtype] and exact_cast(scales, dtype) is None:
-                fits[dtype] = False
-                awkward = name
-    candidates = [wanted, first_stored, torch.float16, torch.bfloat16]
-    for dtype in candidates:
-        if dtype is not None and fits.get(dtype):
-            return Survey(symmetric, tuple(reordered), dtype)
-    raise CheckpointError(
-        f"{awkward}: its scales go exactly neither into float16 nor into bfloat16 with those of the other layers"
-    )
-
-
-def _model_dtype(source: Source) -> torch.dtype | None:
-    """The dtype config.json names, if the layers can run in it."""
-    named = source.config.get("dtype") or source.config.get("torch_dtype")
-    return {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(named) if isinstance(named, str) else None
-
-
-def run_linear(source: Source, name: str, dtype: torch.dtype) -> StoredLinear:
-    """The linear with scales of `dtype`, which `survey` found to be exact."""
-    linear = source.linear(name)
-    scales = exact_cast(linear.weight.scales, dtype)
-    if scales is None:
-        raise CheckpointError(f"{name}: its scales do not go exactly into {dtype}")
-    return with_scales(linear, scales)
