@@ -164,7 +164,9 @@ def test_act_order_gathers_its_inputs(tmp_path: Path, kind: str, symmetric: bool
     loaded, marlin = marlin_gptq.load(source), convert(source, "marlin")
     settings = json.loads((marlin / "config.json").read_text())["quantization_config"]
     assert settings["desc_act"] is True and settings["sym"] is symmetric
-    for model in (loaded, marlin_gptq.load(marlin)):
+    from transformers import AutoModelForCausalLM
+
+    for model in (loaded, marlin_gptq.load(marlin), AutoModelForCausalLM.from_pretrained(marlin)):
         for name, linear in linears.items():
             assert torch.equal(model.get_submodule(name).dequantize(), linear.dense())
         assert (logits(model).float() - expected).abs().max() < 0.02
@@ -391,7 +393,13 @@ def test_a_quantized_head_is_refused_by_name(tmp_path: Path) -> None:
     assert len(linears) == 14
     with pytest.raises(InputError, match="lm_head: is quantized, but the Marlin formats quantize linears of decoder"):
         marlin_gptq.load(source)
-    assert "lm_head" in Source.of_directory(convert(source, "awq")).linears
+    for to, said in (("awq", {"lm_head": True}), ("compressed-tensors", {"ignore": []})):
+        there = convert(source, to)
+        assert "lm_head" in Source.of_directory(there).linears
+        settings = json.loads((there / "config.json").read_text())["quantization_config"]
+        assert said.items() <= settings.items()
+    back = convert(tmp_path / "source-awq-", "gptq")
+    assert json.loads((back / "config.json").read_text())["quantization_config"]["lm_head"] is True
 
 
 def test_an_imported_model_runs_block_by_block_too(tmp_path: Path) -> None:

@@ -84,12 +84,12 @@ def test_compressed_tensors_decompresses_what_we_write(tmp_path: Path, group_siz
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (importlib.util.find_spec("gptqmodel") and importlib.util.find_spec("optimum")),
-    reason="needs gptqmodel and optimum (pip install gptqmodel optimum), which stock transformers reads GPTQ with",
+    reason="needs gptqmodel and optimum (pip install gptqmodel optimum), which stock transformers reads these with",
 )
-@pytest.mark.parametrize("version", [1, 2])
-def test_gptq_in_stock_transformers(tmp_path: Path, version: int) -> None:
+@pytest.mark.parametrize(("to", "version"), [("gptq", 1), ("gptq", 2), ("awq", None)])
+def test_gptq_and_awq_in_stock_transformers(tmp_path: Path, to: str, version: int | None) -> None:
     marlin = quantized(tmp_path / "marlin", 32)
-    convert_checkpoint(marlin, tmp_path / "export", "gptq", gptq_version=version)
+    convert_checkpoint(marlin, tmp_path / "export", to, gptq_version=version)
     assert near(stock_logits(tmp_path / "export"), ours(marlin))
 
 

@@ -187,6 +187,11 @@ def result_settings(source: Source, target: Layout) -> dict[str, Any]:
     written = Written(
         layout=target,
         kept=source.kept,
+        outside=tuple(
+            name
+            for name in source.architecture.shapes
+            if not source.architecture.in_blocks(name) and name not in source.linears
+        ),
         blocks=source.architecture.blocks,
         linears=source.linears,
         damp_percent=damp if isinstance(damp, float) else None,

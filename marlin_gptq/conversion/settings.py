@@ -14,6 +14,7 @@ from marlin_gptq.errors import CheckpointError, InputError
 
 ORIGINAL = "original"  # a state dict of the original Marlin repository, no directory
 FORMATS = ("marlin", "gptq", "awq", "compressed-tensors")
+HEAD = "lm_head"  # the name engines know the output head by
 # Before config.json held them, the settings of GPTQ and AWQ had files of their own.
 OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
@@ -166,6 +167,7 @@ class Written:
 
     layout   as the result is to be.
     kept     full names of the decoder linears that stay in 16 bits.
+    outside  full names of the linears outside the decoder blocks that do: the head, as a rule.
     blocks   the name of the list of decoder blocks, `model.layers`.
     linears  full names of the quantized linears.
     damp_percent, true_sequential  of the quantization, None where unknown.
@@ -173,6 +175,7 @@ class Written:
 
     layout: Layout
     kept: tuple[str, ...]
+    outside: tuple[str, ...]
     blocks: str
     linears: tuple[str, ...]
     damp_percent: float | None = None
@@ -190,7 +193,7 @@ def settings_for(result: Written) -> dict[str, Any]:
             "sym": bool(layout.sym),
             "desc_act": result.layout.desc_act,
             "static_groups": False,
-            "lm_head": False,
+            "lm_head": HEAD in result.linears,
             "checkpoint_format": "gptq" if layout.version == 1 else "gptq_v2",
             "pack_dtype": "int32",
             "meta": {"quantizer": [f"marlin-gptq:{version('marlin-gptq')}"]},
@@ -204,6 +207,7 @@ def settings_for(result: Written) -> dict[str, Any]:
             settings["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in result.kept}
         return settings
     if layout.format == "awq":
+        head = {"lm_head": True} if HEAD in result.linears else {}
         return {
             "quant_method": "awq",
             "bits": 4,
@@ -211,7 +215,7 @@ def settings_for(result: Written) -> dict[str, Any]:
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": list(result.kept) or None,
-        }
+        } | head
     weights = {
         "num_bits": 4,
         "type": "int",
@@ -230,7 +234,7 @@ def settings_for(result: Written) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head", *result.kept],
+        "ignore": [*result.outside, *result.kept],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -239,7 +243,8 @@ def settings_for(result: Written) -> dict[str, Any]:
 def _by_block(result: Written) -> list[list[str]]:
     """The linears to quantize by their name inside a block, as transformers and vLLM want them."""
     pattern = re.compile(rf"^{re.escape(result.blocks)}\.\d+\.")
-    return [[name] for name in dict.fromkeys(pattern.sub("", name) for name in result.linears)]
+    inside = [name for name in result.linears if pattern.match(name)]
+    return [[name] for name in dict.fromkeys(pattern.sub("", name) for name in inside)]
 
 
 def marlin_settings(result: Written, origin: QuantizationConfig | None) -> QuantizationConfig:
