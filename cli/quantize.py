@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ Examples:
   marlin-quantize meta-llama/Llama-2-7b-hf --wbits 4 -o llama-2-7b-marlin
   marlin-quantize ./my-llama --wbits 4 -o my-llama-marlin --dataset texts.jsonl --group-size 64
   marlin-quantize examples/tiny-llama --wbits 4 -o tiny-marlin --dataset demo    (needs no network)
+  marlin-quantize ./my-llama --wbits 4 -o my-llama-w4a16 --format compressed-tensors    (for vLLM, SGLang)
 
 Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama-2-7b-hf
 """
@@ -77,6 +79,14 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
     show_default=True,
     help="Recipe; marlin is that of the original Marlin repository.",
 )
+@click.option(
+    "--format",
+    "to",
+    type=click.Choice(["marlin", "gptq", "awq", "compressed-tensors"]),
+    default="marlin",
+    show_default=True,
+    help="Format of OUTPUT; gptq and awq hold float16 scales only, so that --dtype auto is float16 with them.",
+)
 @click.option("--no-clip", is_flag=True, help="Do not search for clipped scales.")
 @click.option("--true-sequential", is_flag=True, help="Calibrate on the quantized linears before.")
 @click.option(
@@ -119,6 +129,7 @@ def _quantize(
     seed: int,
     method: str,
     preset: str,
+    to: str,
     no_clip: bool,
     true_sequential: bool,
     dtype: str,
@@ -147,14 +158,19 @@ def _quantize(
     require_free_name(output, overwrite)
 
     from marlin_gptq.calibration import DEFAULT_SEQ_LEN, sequence_length
-    from marlin_gptq.pipeline import quantize_model, require_quantizable
+    from marlin_gptq.conversion.convert import HALF_SCALES
+    from marlin_gptq.conversion.export import convert_staged, require_exportable, staging_directory
+    from marlin_gptq.pipeline import quantize_model, require_quantizable, result_dtype
 
     options.quiet_libraries(display.say)
-    where, target = options.torch_device(device), options.torch_dtype(dtype)
+    half = to in HALF_SCALES and dtype == "auto"
+    where, target = options.torch_device(device), options.torch_dtype("float16" if half else dtype)
     model_dir = resolve_model(model, revision=revision, offline=offline)
     if output.exists() and output.samefile(model_dir):
         raise InputError(f"{output}: is the model itself; give another --output")
     require_quantizable(model_dir, output, config, target)
+    for warning in require_exportable(model_dir, config, to, result_dtype(model_dir, target)):
+        display.say(f"warning: {warning}")
 
     samples: list[Any] = []
     calibration: dict[str, Any] = {}
@@ -169,24 +185,29 @@ def _quantize(
             "special_tokens": special_tokens, "tokens": tokens,
         }  # fmt: skip
     display.say(f"quantizing {model} on {where.type}: {method}, 4 bits, group size {group_size}")
+    place = output if to == "marlin" else staging_directory(output)
     with display.quantizing() as progress:
         report = quantize_model(
             model_dir,
-            output,
+            place,
             config,
             samples,
             device=where,
             dtype=target,
             shard_size=shard_bytes,
-            overwrite=overwrite,
+            overwrite=overwrite or place != output,
             base_model=None if Path(model).is_dir() else model,
             calibration=calibration,
             progress=progress,
         )
+    if to != "marlin":
+        with display.counting(f"writing {to}") as counting:
+            done = convert_staged(output, to, shard_size=shard_bytes, overwrite=overwrite, progress=counting)
+        report = replace(report, output=output, bytes_after=done.bytes_after)
     if as_json:
-        click.echo(json.dumps({"model": model} | report.to_dict()))
+        click.echo(json.dumps({"model": model, "format": to} | report.to_dict()))
     else:
-        click.echo(summary(report))
+        click.echo(summary(report, to))
 
 
 def require_free_name(output: Path, overwrite: bool) -> None:
@@ -200,7 +221,7 @@ def require_free_name(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output}: cannot be made, {ancestor} is a file")
 
 
-def summary(report: Any) -> str:
+def summary(report: Any, to: str = "marlin") -> str:
     """What was made, for people."""
     lines = [
         f"written    {report.output}",
@@ -214,7 +235,7 @@ def summary(report: Any) -> str:
         ]
     lines += [
         f"time       {options.show_time(report.seconds)} on {report.device}",
-        f"next       marlin-eval perplexity {report.output}",
+        f"next       marlin-eval perplexity {report.output}" if to == "marlin" else "next       docs/serving.md",
     ]
     return "\n".join(lines)
 

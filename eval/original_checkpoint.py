@@ -6,19 +6,16 @@ everything else has the names it has in the model. The group size follows from t
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.conversion.original import COMPUTED, SCRATCH, read_state_dict
+from marlin_gptq.errors import CheckpointError
 from marlin_gptq.modeling.architecture import read_config, require_full_precision, set_module
 from marlin_gptq.modeling.linear import MarlinLinear
-
-# Kept by old versions of transformers; today's model computes them.
-COMPUTED = ("rotary_emb.inv_freq",)
 
 
 def load_original(base_dir: Path, checkpoint: Path) -> nn.Module:
@@ -45,27 +42,10 @@ def load_original(base_dir: Path, checkpoint: Path) -> nn.Module:
         set_module(model, name, _marlin_linear(name, linear, tensors, checkpoint))
         tensors[f"{name}.qweight"] = tensors.pop(f"{name}.B")
         tensors[f"{name}.scales"] = tensors.pop(f"{name}.s")
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith((*COMPUTED, ".workspace"))}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith((*COMPUTED, SCRATCH))}
     _assign(model, config, tensors, checkpoint)
     model.eval().requires_grad_(False)
     return model
-
-
-def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
-    """Names and tensors, opened with weights_only=True: a file that would run code is refused."""
-    if not checkpoint.is_file():
-        raise InputError(f"{checkpoint}: no such file; a torch state dict (*.marlin.g128) is needed")
-    try:
-        content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{checkpoint}: not a torch state dict that can be read safely ({said}); expected what "
-            "torch.save(model.state_dict(), ...) writes"
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckpointError(f"{checkpoint}: got a {type(content).__name__}, expected a dictionary of tensors")
-    return dict(content)
 
 
 def _linear(model: nn.Module, name: str, checkpoint: Path) -> nn.Linear:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import marlin_gptq.modeling.hf  # noqa: F401 (registers the format)
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.conversion.convert import convert_checkpoint
+from marlin_gptq.conversion.load import load
 from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError, QuantizationError
 from marlin_gptq.modeling.fused import fuse_projections, split_projections
 from marlin_gptq.modeling.linear import MarlinLinear
@@ -23,7 +25,9 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationError",
     "__version__",
+    "convert_checkpoint",
     "fuse_projections",
+    "load",
     "quantize_model",
     "split_projections",
 ]

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,9 +24,14 @@ from marlin_gptq.errors import CheckpointError, InputError
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_LARGEST_JSON = 10**8  # bytes; an index of a million tensors has less
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64} | {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "BOOL": torch.bool,
 }
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
@@ -66,16 +72,64 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError if it is missing, broken or something else."""
+    """A JSON object from a file; CheckpointError if it is missing, broken or something else, a key given twice too."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        require_inside(path.parent, path.name)
+        if path.stat().st_size > _LARGEST_JSON:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than a file of settings can have")
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # broken UTF-8 and JSON are ValueErrors
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: got a JSON {type(content).__name__}, expected an object")
     return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return content
+
+
+def require_inside(directory: Path, name: str) -> Path:
+    """`directory`/`name`, if that is a regular file of this directory; FileNotFoundError if there is none.
+
+    Nothing outside a checkpoint directory is read on its behalf: CheckpointError for a name with a folder in it, a
+    link that leads outside, a pipe or a device. The one way out are the links that the hub's cache is made of, from
+    snapshots/REVISION to blobs/ of the same model.
+    """
+    path = directory / name
+    if name in ("", ".", "..") or "\0" in name or Path(name).name != name:
+        raise CheckpointError(f"{directory}: names the file {name!r} outside its directory")
+    try:
+        mode = path.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            real, home = path.resolve(strict=True), directory.resolve()
+            cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+            if not cached and not real.is_relative_to(home):
+                raise CheckpointError(f"{path}: a link to {real}, outside its directory; copy the file into it")
+            mode = real.stat().st_mode
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # too long, not encodable, a loop of links
+        raise CheckpointError(
+            f"{directory}: {name!r:.80} is no readable file of it ({type(error).__name__})"
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: not a regular file")
+    return path
+
+
+def _is_file(directory: Path, name: str) -> bool:
+    try:
+        require_inside(directory, name)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def require_space(output: Path, size: int) -> None:
@@ -95,17 +149,25 @@ class TensorStore:
     """The tensors of a checkpoint directory, read one at a time and never more than asked for.
 
     Safetensors, sharded or not; where there are none, legacy pytorch_model.bin files, opened with weights_only=True.
-    Raises CheckpointError for missing, truncated or corrupt files.
+    Raises CheckpointError for missing, truncated or corrupt files, for files outside the directory
+    (`require_inside`), and for a tensor that two shards hold.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._file_of = self._locate()
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}  # shape and stored dtype, of safetensors
         self._pickles: dict[Path, dict[str, Tensor]] = {}
+        self._file_of = self._locate()
 
     @property
     def names(self) -> list[str]:
+        """All of them, file by file."""
         return list(self._file_of)
+
+    @property
+    def files(self) -> list[Path]:
+        """The files they are in."""
+        return list(dict.fromkeys(self._file_of.values()))
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -115,6 +177,7 @@ class TensorStore:
         file = self._file(name)
         if file.suffix == ".bin":
             return self._pickle(file)[name]
+        self.dtype(name)  # CheckpointError for one that torch has no word for
         with _opened(file) as tensors:
             return tensors.get_tensor(name)
 
@@ -122,15 +185,13 @@ class TensorStore:
         file = self._file(name)
         if file.suffix == ".bin":
             return tuple(self._pickle(file)[name].shape)
-        with _opened(file) as tensors:
-            return tuple(tensors.get_slice(name).get_shape())
+        return self._headers[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
         file = self._file(name)
         if file.suffix == ".bin":
             return self._pickle(file)[name].dtype
-        with _opened(file) as tensors:
-            stored = tensors.get_slice(name).get_dtype()
+        stored = self._headers[name][1]
         if stored not in _DTYPES:
             raise CheckpointError(f"{name}: stored as {stored}, expected one of {', '.join(_DTYPES)}")
         return _DTYPES[stored]
@@ -149,35 +210,59 @@ class TensorStore:
 
     def _locate(self) -> dict[str, Path]:
         for index, single in ((SAFETENSORS_INDEX, "model.safetensors"), (PICKLE_INDEX, "pytorch_model.bin")):
-            if (self.directory / index).is_file():
+            if _is_file(self.directory, index):
                 return self._from_index(self.directory / index)
-            file = self.directory / single
-            if file.is_file():
-                if file.suffix == ".bin":
-                    return dict.fromkeys(_load_pickle(file), file)
-                with _opened(file) as tensors:
-                    return dict.fromkeys(tensors.keys(), file)
+            if _is_file(self.directory, single):
+                return self._from_file(self.directory / single)
+        others = sorted(self.directory.glob("*.safetensors"))
+        if len(others) == 1:  # community checkpoints name their one file after the model
+            return self._from_file(require_inside(self.directory, others[0].name))
         raise CheckpointError(
             f"{self.directory}: holds no model.safetensors, no pytorch_model.bin and no index of them"
         )
+
+    def _from_file(self, file: Path) -> dict[str, Path]:
+        return dict.fromkeys(self._read_header(file), file)
 
     def _from_index(self, index: Path) -> dict[str, Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index}: no weight_map from tensor names to file names")
-        files = {}
-        for shard in sorted(set(weight_map.values())):
+        wanted: dict[str, list[str]] = {}
+        for name, shard in weight_map.items():
+            wanted.setdefault(shard, []).append(name)
+        found: dict[str, Path] = {}
+        holder: dict[str, str] = {}
+        for shard, names in sorted(wanted.items()):
             if Path(shard).name != shard:
                 raise CheckpointError(f"{index}: names the file {shard!r} outside its directory")
-            files[shard] = self.directory / shard
-            if not files[shard].is_file():
-                raise CheckpointError(f"{files[shard]}: missing, but {index.name} names it")
-            if files[shard].suffix == ".safetensors":
-                with _opened(files[shard]) as tensors:
-                    absent = {name for name, file in weight_map.items() if file == shard} - set(tensors.keys())
-                if absent:
-                    raise CheckpointError(f"{files[shard]}: lacks {sorted(absent)[0]}, which {index.name} places there")
-        return {name: files[shard] for name, shard in weight_map.items()}
+            try:
+                file = require_inside(self.directory, shard)
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{self.directory / shard}: missing, but {index.name} names it") from error
+            held = self._read_header(file)
+            if absent := sorted(set(names) - held):
+                raise CheckpointError(f"{file}: lacks {absent[0]}, which {index.name} places there")
+            if twice := sorted(name for name in held if name in holder):
+                raise CheckpointError(
+                    f"{index}: two shards hold {twice[0]}, {holder[twice[0]]} and {shard}; only one may"
+                )
+            holder |= dict.fromkeys(held, shard)
+            found |= dict.fromkeys(names, file)
+        return found
+
+    def _read_header(self, file: Path) -> set[str]:
+        """The names a file holds; shapes and dtypes of safetensors are kept."""
+        if file.suffix == ".bin":
+            return set(self._pickle(file))
+        if file.suffix != ".safetensors":
+            raise CheckpointError(f"{file}: neither a .safetensors nor a .bin file")
+        with _opened(file) as tensors:
+            names = list(tensors.keys())
+            for name in names:
+                part = tensors.get_slice(name)
+                self._headers[name] = (tuple(part.get_shape()), part.get_dtype())
+        return set(names)
 
     def _pickle(self, file: Path) -> dict[str, Tensor]:
         if file not in self._pickles:
@@ -190,8 +275,12 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: truncated or corrupt ({error}); fetch or copy it again") from error
+
+
+# What torch's unpickler raises on bytes that are no pickle of tensors.
+_NO_PICKLE = (EOFError, ValueError, TypeError, AttributeError, AssertionError, RecursionError, MemoryError)
 
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
@@ -199,7 +288,7 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
 
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, OSError, LookupError, *_NO_PICKLE) as error:
         raise CheckpointError(f"{file}: not a readable weights-only pickle ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file}: not a dictionary of tensors")
@@ -260,6 +349,7 @@ class CheckpointWriter:
         """Copy the small files of a model directory (tokenizer, generation_config, …), not weights, not `leave`."""
         for file in sorted(source.iterdir()):
             if file.is_file() and file.name not in leave and not file.name.endswith(_WEIGHT_SUFFIXES):
+                require_inside(source, file.name)
                 with self._full_disk_named(file.stat().st_size):
                     shutil.copyfile(file, self.directory / file.name)
 

@@ -11,6 +11,8 @@ from marlin_gptq.errors import InputError
 QUANT_METHOD = "marlin_gptq"
 CHECKPOINT_FORMAT = "marlin"
 GROUP_SIZES = (128, 64, 32, -1)
+METHODS = ("gptq", "rtn", "imported")
+MOST_REPEATS = 4
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,10 @@ class QuantizationConfig:
 
     bits          width of a code; the Marlin format holds 4.
     group_size    input features that share a scale; -1 is the whole row.
-    sym           symmetric grid: no zero points are stored, code 8 means zero.
-    desc_act      act-order; False, groups keep their place.
-    method        "gptq", or "rtn" for plain round-to-nearest without calibration.
-    preset        name of the recipe; every claim is measured against `marlin`.
+    sym           symmetric grid: no zero points are stored, code 8 means zero; False only where imported.
+    desc_act      act-order whose groups moved: the layers gather their inputs first; True only where imported.
+    method        "gptq", "rtn" for plain round-to-nearest without calibration, or "imported": another tool's codes.
+    preset        name of the recipe; every claim is measured against `marlin`; "none" where imported.
     damp_percent  added to the Hessian's diagonal, as a fraction of its mean.
     block_size    columns that GPTQ finishes before it updates the rest.
     clip          search each group's clipping ratio under the Hessian.
@@ -45,13 +47,25 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         _require(self.bits == 4, f"bits: got {self.bits}, the Marlin format holds 4-bit codes only; use 4")
         _require(
-            self.group_size in GROUP_SIZES,
+            type(self.group_size) is int and self.group_size in GROUP_SIZES,
             f"group_size: got {self.group_size}, expected one of 128, 64, 32 or -1 (the whole row)",
         )
-        _require(self.sym is True, "sym: got false, only symmetric quantization (zero point 8) is supported")
-        _require(self.desc_act is False, "desc_act: got true, groups must keep their place; use false")
-        _require(self.method in ("gptq", "rtn"), f"method: got {self.method!r}, expected 'gptq' or 'rtn'")
-        _require(self.preset == "marlin", f"preset: got {self.preset!r}, expected 'marlin'")
+        imported = self.method == "imported"
+        for name in ("sym", "desc_act", "clip", "true_sequential"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name}: got {value!r}, expected true or false")
+        _require(
+            self.sym or imported,
+            "sym: got false, only symmetric quantization (zero point 8) is made here; zero points come with imports",
+        )
+        _require(
+            not self.desc_act or imported, "desc_act: got true, groups must keep their place unless imported; use false"
+        )
+        _require(self.method in METHODS, f"method: got {self.method!r}, expected 'gptq' or 'rtn' (or 'imported')")
+        _require(
+            self.preset == "marlin" or (imported and self.preset == "none"),
+            f"preset: got {self.preset!r}, expected 'marlin'",
+        )
         _require(
             isinstance(self.damp_percent, int | float) and 0 < self.damp_percent <= 10,
             f"damp_percent: got {self.damp_percent}, expected a number above 0 and at most 10 (0.1 is usual)",
@@ -61,12 +75,10 @@ class QuantizationConfig:
             f"block_size: got {self.block_size}, expected a positive multiple of 32",
         )
         _require(not isinstance(self.skip, str), f"skip: got the string {self.skip!r}, expected a list of them")
+        _require(isinstance(self.skip, list | tuple), f"skip: got {self.skip!r}, expected a list of strings")
         object.__setattr__(self, "skip", tuple(self.skip))
         for pattern in self.skip:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise InputError(f"skip: {pattern!r} is not a regular expression: {error}") from error
+            require_quick_pattern("skip", pattern)
 
     def skips(self, name: str) -> bool:
         """Whether the linear of this full name (`model.layers.0.mlp.up_proj`) stays in full precision."""
@@ -83,7 +95,8 @@ class QuantizationConfig:
         method = settings.get("quant_method", QUANT_METHOD)
         _require(
             method == QUANT_METHOD,
-            f"quant_method: got {method!r}, expected {QUANT_METHOD!r}: this checkpoint was made by another tool",
+            f"quant_method: got {method!r}, expected {QUANT_METHOD!r}: this checkpoint was made by another tool; "
+            "marlin-convert DIR --to marlin imports GPTQ, AWQ and compressed-tensors",
         )
         layout = settings.get("checkpoint_format", CHECKPOINT_FORMAT)
         _require(layout == CHECKPOINT_FORMAT, f"checkpoint_format: got {layout!r}, expected {CHECKPOINT_FORMAT!r}")
@@ -94,3 +107,46 @@ class QuantizationConfig:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def require_quick_pattern(setting: str, pattern: Any) -> None:
+    """InputError for what is no regular expression, or one that can take forever on a name of a layer.
+
+    Backtracking is exponential where repetitions or alternatives stand inside a repetition, and polynomial in the
+    number of repetitions; a checkpoint from elsewhere may hold such a pattern on purpose.
+    """
+    from re import _parser  # type: ignore[attr-defined]
+
+    try:
+        re.compile(pattern)
+        parsed = _parser.parse(pattern)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        raise InputError(f"{setting}: {pattern!r} is not a regular expression: {error}") from error
+    repeats, nested = _repeats(parsed, inside=False)
+    _require(
+        not nested and repeats <= MOST_REPEATS,
+        f"{setting}: {pattern!r} can take very long: it repeats what repeats or branches, or has more than "
+        f"{MOST_REPEATS} repetitions; write several simpler patterns",
+    )
+
+
+def _repeats(parsed: Any, inside: bool) -> tuple[int, bool]:
+    """(number of repetitions, whether one holds another or an alternative) of a parsed regular expression."""
+    count, nested = 0, False
+    for operation, argument in parsed:
+        name = str(operation)
+        repeats = name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
+        count += repeats
+        nested |= inside and (repeats or name == "BRANCH")
+        for part in _subpatterns(argument):
+            more, deeper = _repeats(part, inside or repeats)
+            count, nested = count + more, nested or deeper
+    return count, nested
+
+
+def _subpatterns(argument: Any) -> list[Any]:
+    if hasattr(argument, "getwidth"):  # a SubPattern
+        return [argument]
+    if isinstance(argument, list | tuple):
+        return [part for item in argument for part in _subpatterns(item)]
+    return []

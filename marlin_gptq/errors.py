@@ -5,9 +5,16 @@ The command line maps all of them to exit code 2 without a traceback.
 
 from __future__ import annotations
 
+LONGEST = 2_000  # characters
+
 
 class MarlinGPTQError(Exception):
     """Base of everything a user can cause and mend."""
+
+    def __str__(self) -> str:
+        """The sentence, cut where a value in it, from somebody else's file, would make it endless."""
+        sentence = super().__str__()
+        return sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST]} …"
 
 
 class InputError(MarlinGPTQError, ValueError):

@@ -50,6 +50,14 @@ def test_skip_matches_anywhere_in_the_name() -> None:
         ({"block_size": 100}, "block_size: got 100, expected a positive multiple of 32"),
         ({"skip": "("}, "expected a list"),
         ({"skip": ("(",)}, r"skip: '\(' is not a regular expression"),
+        ({"skip": (7,)}, "skip: 7 is not a regular expression"),
+        ({"skip": 7}, "skip: got 7, expected a list of strings"),
+        ({"skip": ("(a+)+$",)}, "can take very long: it repeats what repeats"),
+        ({"skip": ("(?:ab|cd)*e",)}, "can take very long"),
+        ({"skip": (".*.*.*.*.*x",)}, "more than 4 repetitions"),
+        ({"clip": "yes"}, "clip: got 'yes', expected true or false"),
+        ({"group_size": 128.0}, "group_size: got 128.0"),
+        ({"preset": "none"}, "preset: got 'none', expected 'marlin'"),
     ],
 )
 def test_bad_settings_are_named(changes: dict, message: str) -> None:
@@ -63,3 +71,16 @@ def test_foreign_checkpoints_are_refused() -> None:
     with pytest.raises(InputError, match="checkpoint_format: got 'other', expected 'marlin'"):
         QuantizationConfig.from_dict({"checkpoint_format": "other"})
     assert QuantizationConfig.from_dict({"bits": 4, "written_by_a_later_version": 1}) == QuantizationConfig()
+
+
+def test_zero_points_and_moved_groups_come_with_imports_only() -> None:
+    config = QuantizationConfig(method="imported", preset="none", sym=False, desc_act=True)
+    assert QuantizationConfig.from_dict(config.to_dict()) == config
+    for changes in ({"sym": False}, {"desc_act": True}):
+        with pytest.raises(InputError, match="import"):
+            QuantizationConfig(**changes)
+
+
+def test_usual_patterns_are_quick_enough() -> None:
+    patterns = ("down_proj$", r"^model\.layers\.\d+\.mlp\..*", "(q|k|v)_proj", r"layers\.(0|1)\.", "lm_head?")
+    assert QuantizationConfig(skip=patterns).skip == patterns

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
-DOCUMENTS += ["docs/design.md", "docs/evaluation.md"]
-COMMANDS = ("marlin-quantize", "marlin-eval", "marlin-generate")
+DOCUMENTS += ["docs/design.md", "docs/evaluation.md", "docs/serving.md"]
+COMMANDS = ("marlin-quantize", "marlin-eval", "marlin-generate", "marlin-convert", "marlin-inspect")
 
 
 @pytest.fixture(scope="module")

@@ -129,3 +129,20 @@ def test_foreign_settings_are_refused(quantized: Path, tmp_path: Path) -> None:
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="bits: got 3"):
         AutoModelForCausalLM.from_pretrained(broken)
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+    """transformers would open them; nothing outside the directory becomes part of a model."""
+    source = save_tiny_model(tmp_path / "source")
+    config = QuantizationConfig(method="rtn", group_size=64)
+    quantize_model(source, tmp_path / "out", config, [], device=torch.device("cpu"))
+    (tmp_path / "out" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    names = list(load_file(tmp_path / "elsewhere.safetensors"))
+    index = tmp_path / "out" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "../elsewhere.safetensors")}))
+    with pytest.raises(CheckpointError, match="outside the directory of the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    index.unlink()
+    (tmp_path / "out" / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(CheckpointError, match="outside its directory; copy the file into it"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")

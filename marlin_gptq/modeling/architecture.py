@@ -129,6 +129,7 @@ def replace_linears(model: nn.Module, config: Any, settings: QuantizationConfig,
                 settings.group_size,
                 bias=linear.bias is not None,
                 symmetric=settings.sym,
+                act_order=settings.desc_act,
                 dtype=dtype,
                 device=linear.weight.device,
             )

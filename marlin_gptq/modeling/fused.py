@@ -191,8 +191,11 @@ def split_projections(model: nn.Module) -> None:
 
 
 def can_fuse(layers: list[Any]) -> bool:
-    """Whether these are MarlinLinear layers that differ in nothing but their output channels."""
-    if not all(type(layer) is MarlinLinear for layer in layers):
+    """Whether these are MarlinLinear layers that differ in nothing but their output channels.
+
+    Layers with act-order groups that moved stay apart: each gathers its input for itself.
+    """
+    if not all(type(layer) is MarlinLinear and layer.input_order is None for layer in layers):
         return False
     kinds = {
         (

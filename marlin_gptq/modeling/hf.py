@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from marlin_gptq.checkpoint import require_inside
 from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.modeling.architecture import replace_linears
@@ -87,6 +88,9 @@ def _require_tensors(model: nn.Module, names: list[str], files: list[Path]) -> N
     """CheckpointError for a quantized tensor that is missing or misshaped, which transformers would initialise."""
     shapes: dict[str, tuple[list[int], Path]] = {}
     for file in files:
+        if ".." in file.parts or file.parent != files[0].parent:  # an index may name any path
+            raise CheckpointError(f"{file}: outside the directory of the checkpoint; its index must name files in it")
+        require_inside(file.parent, file.name)
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)

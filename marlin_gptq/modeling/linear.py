@@ -21,6 +21,8 @@ class MarlinLinear(nn.Module):
         qweight  int32 [K/16, 2N]
         scales   float16 or bfloat16 [groups, N], stored order
         qzeros   int32 [groups, N/8], zero points of an asymmetric grid, or None (code 8 is zero)
+        input_order  int32 [in_features], or None: act-order groups that moved. Column j of the packed weight is input
+                 feature input_order[j]; activations are gathered in this order before the product, which is exact
         bias     [out_features] of the dtype of the scales, or None
 
     N is out_features rounded up to 64; K is in_features rounded up to 16, which only a group size of -1 can need.
@@ -34,6 +36,7 @@ class MarlinLinear(nn.Module):
     qweight: Tensor
     scales: Tensor
     qzeros: Tensor | None
+    input_order: Tensor | None
     bias: Tensor | None
     blocks: Tensor | None
     column_scales: Tensor | None
@@ -46,6 +49,7 @@ class MarlinLinear(nn.Module):
         *,
         bias: bool = False,
         symmetric: bool = True,
+        act_order: bool = False,
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
     ) -> None:
@@ -59,6 +63,8 @@ class MarlinLinear(nn.Module):
         self.register_buffer("scales", torch.zeros(groups, n, dtype=dtype, device=device))
         zeros = None if symmetric else torch.zeros(groups, n // 8, dtype=torch.int32, device=device)
         self.register_buffer("qzeros", zeros)
+        order = torch.arange(in_features, dtype=torch.int32, device=device) if act_order else None
+        self.register_buffer("input_order", order)
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype, device=device) if bias else None)
         self.register_buffer("blocks", None, persistent=False)
         self.register_buffer("column_scales", None, persistent=False)
@@ -66,8 +72,13 @@ class MarlinLinear(nn.Module):
         self._dense: Tensor | None = None
 
     @classmethod
-    def from_quantized(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> MarlinLinear:
-        """Pack a QuantizedWeight; `bias` [out_features] is stored in the dtype of the scales."""
+    def from_quantized(
+        cls, weight: QuantizedWeight, bias: Tensor | None = None, input_order: Tensor | None = None
+    ) -> MarlinLinear:
+        """Pack a QuantizedWeight; `bias` [out_features] is stored in the dtype of the scales.
+
+        input_order  int32 [in_features]: column j of the weight is this input feature; None where they are in place.
+        """
         out_features, in_features = weight.codes.shape
         layer = cls(
             in_features,
@@ -75,19 +86,27 @@ class MarlinLinear(nn.Module):
             weight.group_size,
             bias=bias is not None,
             symmetric=weight.zeros is None,
+            act_order=input_order is not None,
             dtype=weight.scales.dtype,
             device="meta",
         )
         layer.qweight, layer.scales = pack(weight)
         if weight.zeros is not None:
             layer.qzeros = pack_zeros(weight.zeros)
+        if input_order is not None:
+            layer.input_order = input_order.to(torch.int32)
         if bias is not None:
             layer.bias = bias.to(weight.scales.dtype)
         return layer
 
     def dequantize(self) -> Tensor:
-        """scale · (code − zero), float32 [out_features, in_features]."""
-        return dequantize(self.tensors())[: self.out_features, : self.in_features]
+        """scale · (code − zero), float32 [out_features, in_features], input features in their natural order."""
+        packed = dequantize(self.tensors())[: self.out_features, : self.in_features]
+        if self.input_order is None:
+            return packed
+        natural = torch.empty_like(packed)
+        natural[:, self.input_order.long()] = packed
+        return natural
 
     def hold_dense(self, hold: bool) -> None:
         """Where no kernel runs: keep the dequantized weight between calls (8 times the memory), or let it go."""
@@ -99,6 +118,8 @@ class MarlinLinear(nn.Module):
         On other devices than CUDA float32 is taken as well and computed in float32.
         """
         weight = self._blocks() or self.tensors()
+        if self.input_order is not None and self._dense is None:
+            x = x.index_select(-1, self.input_order)
         return linear(x, weight, self.bias, self.group_size, self.in_features, self.out_features, self._dense)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -108,7 +129,8 @@ class MarlinLinear(nn.Module):
             named = {"qweight": self.qweight, "scales": self.scales, "qzeros": self.qzeros}
         else:
             named = dict(run_time.from_blocks(blocks))
-        return {name: tensor for name, tensor in (named | {"bias": self.bias}).items() if tensor is not None}
+        named |= {"input_order": self.input_order, "bias": self.bias}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def prepare_for_device(self) -> None:
         """Called when the weights are there, on the device that is to run them.
@@ -213,6 +235,11 @@ def dequantize(tensors: dict[str, Tensor]) -> Tensor:
     zeros = marlin.unpack_zeros(tensors["qzeros"]) if "qzeros" in tensors else None
     codes, scales = marlin.unpack_codes(tensors["qweight"]), marlin.unpack_scales(tensors["scales"])
     return QuantizedWeight(codes, scales, zeros, -1).dequantize()
+
+
+def pack_zeros(zeros: Tensor) -> Tensor:
+    """Zero points uint8 [out_features, groups] → `qzeros` as MarlinLinear stores them, padded with 0."""
+    return marlin.pack_zeros(F.pad(zeros, (0, 0, 0, -zeros.shape[0] % marlin.TILE_N)))
 
 
 def padded_features(in_features: int, out_features: int) -> tuple[int, int]:

@@ -1,0 +1,132 @@
+"""marlin-convert: a 4-bit checkpoint from one format to another, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from marlin_gptq import __version__
+from marlin_gptq.checkpoint import resolve_model
+from marlin_gptq.cli import failures, options
+from marlin_gptq.cli.progress import Display
+from marlin_gptq.cli.quantize import require_free_name
+from marlin_gptq.errors import InputError
+
+TARGETS = ("marlin", "gptq", "awq", "compressed-tensors", "original")
+EXAMPLES = """\b
+Examples:
+  marlin-convert llama-2-7b-marlin --to compressed-tensors -o llama-2-7b-w4a16     (for vLLM, SGLang, transformers)
+  marlin-convert TheBloke/Llama-2-7B-GPTQ --to marlin -o llama-2-7b-marlin         (a hub id works too)
+  marlin-convert llama-2-7b-marlin --to original -o llama-2-7b.marlin.g128
+  marlin-convert llama-2-7b.marlin.g128 --base meta-llama/Llama-2-7b-hf --to gptq -o llama-2-7b-gptq
+
+What a format cannot hold is refused by name, before anything is written.
+"""
+
+
+@click.command(
+    "marlin-convert",
+    cls=failures.Command,
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.argument("model")
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(TARGETS),
+    help="Format of the result; original is a state dict of the original Marlin repository, one file.",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory (or file) to write.")
+@click.option(
+    "--base",
+    metavar="PATH|ID",
+    help="Where MODEL is a state dict of the original Marlin repository: the model it was made from.",
+)
+@click.option(
+    "--gptq-version",
+    type=click.Choice(["1", "2"]),
+    help="How a GPTQ result stores zero points: 1 less one, 2 as they are.  [default: 1 if symmetric, else 2]",
+)
+@click.option("--shard-size", default="1GB", show_default=True, help="Largest size of a weight file.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a hub MODEL.")
+@click.option(
+    "--offline",
+    is_flag=True,
+    envvar=["HF_HUB_OFFLINE"],
+    help="Never use the network, only the hub's local cache. Also switched on by HF_HUB_OFFLINE=1.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(__version__)
+def main(**arguments: Any) -> None:
+    """Convert MODEL (a 4-bit directory or hub id: Marlin, GPTQ, AWQ, compressed-tensors; or a *.marlin.g128 file).
+
+    Codes, scales and zero points keep every bit.
+    """
+    try:
+        _convert(**arguments)
+    except KeyboardInterrupt as error:
+        raise failures.Interrupted(f"interrupted: nothing was written under {arguments['output']}") from error
+
+
+def _convert(
+    model: str,
+    to: str,
+    output: Path,
+    base: str | None,
+    gptq_version: str | None,
+    shard_size: str,
+    overwrite: bool,
+    revision: str | None,
+    offline: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    from marlin_gptq.conversion.convert import convert_checkpoint
+
+    display = Display()
+    options.quiet_libraries(display.say)
+    shard_bytes = options.parse_size(shard_size)
+    if to != "original":
+        require_free_name(output, overwrite)
+    path = Path(model)
+    if not path.is_file():
+        path = resolve_model(model, revision=revision, offline=offline)
+    if output.exists() and output.samefile(path):
+        raise InputError(f"{output}: is the model itself; give another --output")
+    base_dir = None if base is None else resolve_model(base, offline=offline)
+    with display.counting("convert") as progress:
+        report = convert_checkpoint(
+            path,
+            output,
+            to,
+            base=base_dir,
+            gptq_version=None if gptq_version is None else int(gptq_version),
+            shard_size=shard_bytes,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    for warning in report.warnings:
+        display.say(f"warning: {warning}")
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+        return
+    click.echo(
+        "\n".join(
+            (
+                f"written    {report.output}",
+                f"format     {report.source_format} -> {report.format}, {report.linears} linears, bit for bit",
+                f"size       {options.show_size(report.bytes_before)} -> {options.show_size(report.bytes_after)}",
+                f"time       {options.show_time(report.seconds)}",
+            )
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""A quantized directory in one format → the same codes and scales in another, one linear in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marlin_gptq.checkpoint import CheckpointWriter, require_space
+from marlin_gptq.conversion.linears import StoredLinear, exact_cast, refusal, with_scales, write_linear
+from marlin_gptq.conversion.original import StateDictWriter, open_source
+from marlin_gptq.conversion.parallel import split_problems, warnings_for
+from marlin_gptq.conversion.settings import (
+    FORMATS,
+    OLD_FILES,
+    ORIGINAL,
+    Layout,
+    Written,
+    marlin_settings,
+    settings_for,
+)
+from marlin_gptq.conversion.source import Source
+from marlin_gptq.conversion.survey import Survey, run_linear, survey
+from marlin_gptq.errors import InputError
+from marlin_gptq.output_directory import CARD, LOG_FILE
+
+HALF_SCALES = ("gptq", "awq", ORIGINAL)  # formats whose scales are float16
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did. Sizes in bytes; dtype that of scales and activations; warnings one sentence each."""
+
+    source: str
+    output: str
+    source_format: str
+    format: str
+    linears: int
+    group_size: int
+    symmetric: bool
+    act_order: bool
+    dtype: str
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def convert_checkpoint(
+    path: Path,
+    output: Path,
+    to: str,
+    *,
+    base: Path | None = None,
+    gptq_version: int | None = None,
+    name: str | None = None,
+    shard_size: int = 10**9,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert the quantized directory `path` (Marlin, GPTQ, AWQ or compressed-tensors) to another format.
+
+    output        the new directory; for the format `original` a file.
+    to            one of FORMATS, or `original`: a state dict of the original Marlin repository.
+    base          where `path` is such a state dict: the directory of the model it was made from.
+    gptq_version  of a GPTQ result; by default 1 for a symmetric grid, which everything reads, and 2 for others.
+    name          what the model card calls the source; by default the name of its directory.
+    progress      called with (done, total) linears.
+
+    Codes, scales and zero points keep every bit; tensors that are not quantized are copied. All that the format cannot
+    hold is found before anything is written: InputError names the first linear and what it is. CheckpointError for
+    files that are damaged.
+    """
+    started = time.perf_counter()
+    source = open_source(path, base)
+    found = survey(source)
+    target = _target(source, found, to, gptq_version)
+    scale_dtype = _require_held(source, found, target)
+    bytes_before = sum(source.store.size(name) for name in source.store.names)
+    require_space(output, bytes_before)
+    writer: CheckpointWriter | StateDictWriter
+    if to == ORIGINAL:
+        writer = StateDictWriter(output, overwrite=overwrite)
+    else:
+        writer = CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite)
+    with writer:
+        owner = {part: name for name in source.linears for part in source.parts(name)}
+        others, done = set(source.others()), set[str]()
+        for tensor in source.store.names:  # file by file, as stored
+            owned_by = owner.get(tensor)
+            if owned_by is None:
+                if tensor in others:
+                    writer.add(tensor, source.store.get(tensor))
+            elif owned_by not in done:
+                done.add(owned_by)
+                linear = _with_dtype(run_linear(source, owned_by, found.scale_dtype), scale_dtype)
+                for full, value in write_linear(owned_by, linear, target).items():
+                    writer.add(full, value)
+                if progress is not None:
+                    progress(len(done), len(source.linears))
+        report = ConversionReport(
+            source=name or path.resolve().name,
+            output=str(output),
+            source_format=source.layout.title,
+            format=target.title,
+            linears=len(source.linears),
+            group_size=target.group_size,
+            symmetric=found.symmetric,
+            act_order=bool(found.reordered),
+            dtype=str(found.scale_dtype).removeprefix("torch."),
+            bytes_before=bytes_before,
+            bytes_after=writer.total_bytes,
+            seconds=time.perf_counter() - started,
+            warnings=_warnings(source, found, target),
+        )
+        if isinstance(writer, CheckpointWriter):
+            _write_companions(writer, source, result_settings(source, target), report)
+        writer.finish()
+    return report
+
+
+def _target(source: Source, found: Survey, to: str, gptq_version: int | None) -> Layout:
+    """The layout of the result; InputError for none at all, or the one the source has."""
+    if to not in (*FORMATS, ORIGINAL):
+        raise InputError(f"format: got {to!r}, expected one of {', '.join((*FORMATS, ORIGINAL))}")
+    if gptq_version is not None and to != "gptq":
+        raise InputError(f"GPTQ version: got {gptq_version} for the format {to}, which has no versions")
+    version = gptq_version or (1 if found.symmetric else 2)
+    symmetric = found.symmetric or to == ORIGINAL  # which knows nothing else: `refusal` looks at the values
+    target = Layout(to, source.layout.group_size, symmetric, version, desc_act=bool(found.reordered))
+    if target.title == source.layout.title:
+        other = " (or another --gptq-version)" if to == "gptq" else ""
+        raise InputError(f"{source.path}: is in the format {target.title} already; give another one{other}")
+    return target
+
+
+def checked_target(source: Source, found: Survey) -> Layout:
+    """The Marlin layout a source runs in; InputError for what is outside the decoder blocks."""
+    target = replace(Layout("marlin", source.layout.group_size, found.symmetric), desc_act=bool(found.reordered))
+    own = source.own
+    if own is not None:  # its settings say what its files hold, also where the values could do with less
+        target = replace(target, sym=own.sym, desc_act=own.desc_act)
+    _require_held(source, found, target)
+    return target
+
+
+def _require_held(source: Source, found: Survey, target: Layout) -> torch.dtype:
+    """The dtype of the result's scales; InputError naming the first linear that the format cannot hold."""
+    outside = [name for name in source.linears if not source.architecture.in_blocks(name)]
+    if target.format in ("marlin", ORIGINAL) and outside:
+        raise InputError(f"{outside[0]}: is quantized, but the Marlin formats quantize linears of decoder blocks only")
+    stored = torch.float16 if target.format in HALF_SCALES else found.scale_dtype
+    for name in source.linears:
+        linear = source.linear(name, with_codes=False)
+        reason = refusal(linear, target, *source.architecture.shapes[name])
+        if reason:
+            raise InputError(f"{name}: {target.title} cannot hold {reason}")
+        if exact_cast(linear.weight.scales, stored) is None:
+            raise InputError(
+                f"{name}: {target.title} stores float16 scales, and some of its {found.scale_dtype} scales change in "
+                "float16; compressed-tensors and marlin keep them"
+            )
+    return stored
+
+
+def _with_dtype(linear: StoredLinear, dtype: torch.dtype) -> StoredLinear:
+    scales = exact_cast(linear.weight.scales, dtype)
+    assert scales is not None, "looked at before anything was written"
+    return with_scales(linear, scales)
+
+
+def result_settings(source: Source, target: Layout) -> dict[str, Any]:
+    """The "quantization_config" of the result."""
+    settings = source.settings
+    damp, sequential = settings.get("damp_percent"), settings.get("true_sequential")
+    written = Written(
+        layout=target,
+        kept=source.kept,
+        outside=tuple(
+            name
+            for name in source.architecture.shapes
+            if not source.architecture.in_blocks(name) and name not in source.linears
+        ),
+        blocks=source.architecture.blocks,
+        linears=source.linears,
+        damp_percent=damp if isinstance(damp, float) else None,
+        true_sequential=sequential if isinstance(sequential, bool) else None,
+    )
+    if target.format == "marlin":
+        return marlin_settings(written, source.own).to_dict()
+    return settings_for(written)
+
+
+def engine_warnings(
+    shapes: dict[str, tuple[int, int]], kept: tuple[str, ...], layout: Layout, config: Any
+) -> list[str]:
+    """What engines would stumble over in a result that is meant for them; nothing for a Marlin directory."""
+    if layout.format in ("marlin", ORIGINAL):
+        return []
+    lines = warnings_for(split_problems(shapes, kept, layout.group_size, config))
+    if layout.format == "gptq" and not layout.sym:
+        lines.append("zero points: vLLM runs asymmetric GPTQ without its Marlin kernel; AWQ keeps it on that kernel")
+    if layout.format == "compressed-tensors" and layout.desc_act:
+        lines.append(
+            "act-order: the compressed-tensors package reads weight_g_idx no longer (0.20 refuses it); GPTQ does"
+        )
+    return lines
+
+
+def _warnings(source: Source, found: Survey, target: Layout) -> list[str]:
+    shapes = {name: source.architecture.shapes[name] for name in source.linears}
+    lines = engine_warnings(shapes, source.kept, target, source.architecture.config)
+    named = source.config.get("dtype") or source.config.get("torch_dtype")
+    dtype = str(found.scale_dtype).removeprefix("torch.")
+    if named != dtype:
+        lines.append(f"dtype: config.json said {named}, the scales are {dtype}; the result runs in {dtype}")
+    return lines
+
+
+def _write_companions(
+    writer: CheckpointWriter, source: Source, settings: dict[str, Any], report: ConversionReport
+) -> None:
+    config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "compression_config")}
+    config |= {"dtype": report.dtype, "quantization_config": settings}
+    # The log of a quantization stays true of the codes, whatever holds them.
+    log = () if source.layout.format == "marlin" else (LOG_FILE,)
+    writer.copy_companions(source.directory, leave=("config.json", CARD, *log, *OLD_FILES))
+    writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
+    if settings["quant_method"] == "gptq":  # GPTQ's own tools look here first
+        writer.write_text("quantize_config.json", json.dumps(settings, indent=2) + "\n")
+    card = source.directory / CARD
+    recipe = card.read_text("utf-8") if source.layout.format == "marlin" and card.is_file() else ""
+    writer.write_text(CARD, conversion_card(report, recipe))
+
+
+def conversion_card(report: ConversionReport, source_card: str = "") -> str:
+    """Markdown: what the directory is, where it came from, how to load it; the recipe, where `source_card` has it."""
+    table_found = re.search(r"^\| setting or figure \|.*?(?=^$)", source_card, flags=re.MULTILINE | re.DOTALL)
+    recipe = f"\n## How it was quantized\n\n{table_found[0]}" if table_found else ""
+    rows = [
+        ("format", report.format),
+        ("converted from", f"{report.source} ({report.source_format}), codes and scales unchanged"),
+        ("bits, group size", f"4, {'whole row' if report.group_size == -1 else report.group_size}"),
+        ("zero points", "none (symmetric)" if report.symmetric else "yes"),
+        ("act-order", "yes" if report.act_order else "no"),
+        ("dtype of scales and activations", report.dtype),
+        ("size of the weights", f"{report.bytes_after / 1e6:.1f} MB"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+library_name: transformers
+tags: [{report.format.split()[0]}, 4-bit, marlin-gptq]
+---
+
+# {report.source}, 4 bits as {report.format}
+
+Converted by marlin-gptq. The licence is that of the source.
+
+| property | value |
+|---|---|
+{table}
+
+```python
+import marlin_gptq
+
+model = marlin_gptq.load("PATH_OF_THIS_DIRECTORY")
+```
+{recipe}"""
