@@ -237,11 +237,6 @@ def dequantize(tensors: dict[str, Tensor]) -> Tensor:
     return QuantizedWeight(codes, scales, zeros, -1).dequantize()
 
 
-def pack_zeros(zeros: Tensor) -> Tensor:
-    """Zero points uint8 [out_features, groups] → `qzeros` as MarlinLinear stores them, padded with 0."""
-    return marlin.pack_zeros(F.pad(zeros, (0, 0, 0, -zeros.shape[0] % marlin.TILE_N)))
-
-
 def padded_features(in_features: int, out_features: int) -> tuple[int, int]:
     """(K, N) as stored: in_features rounded up to a tile of 16, out_features to one of 64."""
     return -(-in_features // marlin.TILE_K) * marlin.TILE_K, -(-out_features // marlin.TILE_N) * marlin.TILE_N
