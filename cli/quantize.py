@@ -14,6 +14,7 @@ from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import InputError
+from marlin_gptq.overrides import read_overrides
 
 EXAMPLES = """\b
 Examples:
@@ -88,6 +89,14 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
 )
 @click.option("--skip", multiple=True, metavar="REGEX", help="Leave linears of such names alone; repeatable.")
 @click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.yaml",
+    help="Other settings for some linears, regular expression: {bits: 4 or 16, group_size: N, skip: true}; the first "
+    "that matches decides, 16 bits means left in full precision.",
+)
+@click.option(
     "--shard-size",
     default="1GB",
     show_default=True,
@@ -123,6 +132,7 @@ def _quantize(
     true_sequential: bool,
     dtype: str,
     skip: tuple[str, ...],
+    config_file: Path | None,
     shard_size: str,
     overwrite: bool,
     device: str,
@@ -142,6 +152,7 @@ def _quantize(
         clip=not no_clip,
         true_sequential=true_sequential,
         skip=skip,
+        overrides=read_overrides(config_file) if config_file else (),
     )
     shard_bytes = options.parse_size(shard_size)
     require_free_name(output, overwrite)

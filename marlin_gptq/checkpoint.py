@@ -118,6 +118,14 @@ class TensorStore:
         with _opened(file) as tensors:
             return tensors.get_tensor(name)
 
+    def get_part(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
+        """tensor[index] without reading the rest."""
+        file = self._file(name)
+        if file.suffix == ".bin":
+            return self._pickle(file)[name][index]
+        with _opened(file) as tensors:
+            return tensors.get_slice(name)[index]
+
     def shape(self, name: str) -> tuple[int, ...]:
         file = self._file(name)
         if file.suffix == ".bin":

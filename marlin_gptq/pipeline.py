@@ -24,6 +24,7 @@ from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import InputError, QuantizationError
 from marlin_gptq.modeling.architecture import (
     block_linears,
+    linear_names,
     read_config,
     require_divisible,
     require_finite,
@@ -31,11 +32,12 @@ from marlin_gptq.modeling.architecture import (
 )
 from marlin_gptq.modeling.blocks import BlockStream, stored_dtype
 from marlin_gptq.modeling.linear import pack, padded_features
-from marlin_gptq.modeling.observe import collect_hessians, shared_inputs
+from marlin_gptq.modeling.observe import Calibrated, Groups, collect_hessians, stages
 from marlin_gptq.output_directory import write_companions
+from marlin_gptq.overrides import require_matches
 from marlin_gptq.quantization.gptq import gptq_quantize, rtn_quantize
-from marlin_gptq.quantization.hessian import Factor, Hessian, NotPositiveDefinite, factor, relative_error
-from marlin_gptq.quantization.weight import columns_per_group
+from marlin_gptq.quantization.hessian import Factor, NotPositiveDefinite, factor, relative_error
+from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group
 from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport, linear_record
 
 logger = logging.getLogger(__name__)
@@ -132,9 +134,12 @@ def _linears_of(stream: BlockStream, config: QuantizationConfig) -> list[dict[st
     linears = []
     for index in range(stream.n_blocks):
         linears.append(block_linears(stream.block_module(index), stream.block_name(index), config))
-        require_divisible(linears[-1], config.group_size)
+        require_divisible(linears[-1], config)
+    blocks = [(stream.block_module(index), stream.block_name(index)) for index in range(stream.n_blocks)]
+    require_matches(config, [name for block in blocks for name in linear_names(*block)])
     if not any(linears):
-        raise InputError(f"skip: {', '.join(config.skip)} leaves no linear to quantize")
+        patterns = [*config.skip, *(rule.match for rule in config.overrides if rule.bits == 16)]
+        raise InputError(f"skip: {', '.join(patterns)} leaves no linear to quantize")
     return linears
 
 
@@ -144,9 +149,9 @@ def _output_bytes(
     """Bytes of all tensors of the result, exactly; safetensors headers and small files come on top."""
     replaced = {name: linear for block in linears for name, linear in block.items()}
     size = 0
-    for linear in replaced.values():
+    for name, linear in replaced.items():
         k, n = padded_features(linear.in_features, linear.out_features)
-        groups = linear.in_features // columns_per_group(linear.in_features, config.group_size)
+        groups = linear.in_features // columns_per_group(linear.in_features, config.group_size_of(name))
         size += k * n // 2 + groups * n * target.itemsize
     for name, elements in stream.elements():
         if name.removesuffix(".weight") not in replaced:
@@ -210,17 +215,19 @@ class _Run:
             packed: dict[str, Tensor] = {}
             if self.config.method == "rtn":
                 groups = [[name] for name in names]
-                self._quantize(index, groups, linears, {}, packed)
+                self._quantize(index, groups, linears, Calibrated({}), packed)
             elif names:
-                groups = shared_inputs(self.stream, index, linears, hidden[0])
-                for stage in [[group] for group in groups] if self.config.true_sequential else [groups]:
-                    hessians = collect_hessians(self.stream, index, stage, linears, hidden)
-                    self._quantize(index, stage, linears, hessians, packed)
+                in_order = stages(self.stream, index, linears, hidden[0])
+                together = [[group for groups in in_order for group in groups]]
+                for groups in in_order if self.config.true_sequential else together:
+                    found = collect_hessians(self.stream, index, groups, linears, hidden)
+                    self._warn_of_starved(found)
+                    self._quantize(index, groups, linears, found, packed)
             for name, tensor in _named_tensors(block, prefix):
                 if name.removesuffix(".weight") not in linears:
-                    writer.add(name, self.stored(name, tensor))
+                    writer.add(self.stream.file_name(name), self.stored(name, tensor))
             for name, tensor in packed.items():
-                writer.add(name, tensor)
+                writer.add(self.stream.file_name(name), tensor)
             if self.config.method == "rtn" or index + 1 == self.stream.n_blocks:
                 return []
             return [self.stream.run(index, h.to(self.stream.device)).to(h.device) for h in hidden]
@@ -228,49 +235,72 @@ class _Run:
     def _quantize(
         self,
         index: int,
-        groups: list[list[str]],
+        groups: Groups,
         linears: dict[str, nn.Linear],
-        hessians: dict[str, Hessian],
+        calibrated: Calibrated,
         packed: dict[str, Tensor],
     ) -> None:
         for group in groups:
             started = time.perf_counter()
-            # Rows are independent: linears of one input are solved as one tall weight under one Hessian.
-            weight = torch.cat([self._weight(name, linears[name]) for name in group])
             hessian, found = None, Factor(torch.empty(0), 0.0)
-            if self.config.method == "rtn":
-                quantized = rtn_quantize(weight, group_size=self.config.group_size, scale_dtype=self.target)
-            else:
-                hessian, found = self._factor(group, hessians)
-                quantized = gptq_quantize(
-                    weight,
-                    found.upper,
-                    group_size=self.config.group_size,
-                    scale_dtype=self.target,
-                    block_size=self.config.block_size,
-                    clip=self.config.clip,
-                )
-            seconds = time.perf_counter() - started
-            row = 0
-            for name in group:
-                linear = linears[name]
-                rows = slice(row, row + linear.out_features)
-                row = rows.stop
-                part = quantized.rows(rows.start, rows.stop)
-                error = relative_error(weight[rows], part.dequantize(), hessian)
-                share = seconds * linear.out_features / weight.shape[0]
-                self.records.append(linear_record(name, index, part, error, found.damp_percent, share))
-                packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
-                linear.weight = nn.Parameter(part.dequantize().to(linear.weight.dtype), requires_grad=False)
-                self.report("quantize", index, name, error)
+            if self.config.method == "gptq":
+                hessian, found = self._factor(group, calibrated)
+            shared = (time.perf_counter() - started) / len(group)
+            for names in self._of_one_group_size(group):
+                started = time.perf_counter()
+                # Rows are independent: linears of one input are solved as one tall weight under one Hessian.
+                weight = torch.cat([self._weight(name, linears[name]) for name in names])
+                quantized = self._solve(weight, found.upper, self.config.group_size_of(names[0]))
+                seconds = time.perf_counter() - started
+                row = 0
+                for name in names:
+                    linear = linears[name]
+                    rows = slice(row, row + linear.out_features)
+                    row = rows.stop
+                    part = quantized.rows(rows.start, rows.stop)
+                    error = relative_error(weight[rows], part.dequantize(), hessian)
+                    share = shared + seconds * linear.out_features / weight.shape[0]
+                    tokens = calibrated.tokens.get(group[0], 0)
+                    self.records.append(linear_record(name, index, part, error, found.damp_percent, share, tokens))
+                    packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
+                    linear.weight = nn.Parameter(part.dequantize().to(linear.weight.dtype), requires_grad=False)
+                    self.report("quantize", index, name, error)
+
+    def _of_one_group_size(self, group: list[str]) -> Groups:
+        sizes = dict.fromkeys(map(self.config.group_size_of, group))
+        return [[name for name in group if self.config.group_size_of(name) == size] for size in sizes]
+
+    def _solve(self, weight: Tensor, upper: Tensor, group_size: int) -> QuantizedWeight:
+        if self.config.method == "rtn":
+            return rtn_quantize(weight, group_size=group_size, scale_dtype=self.target)
+        return gptq_quantize(
+            weight,
+            upper,
+            group_size=group_size,
+            scale_dtype=self.target,
+            block_size=self.config.block_size,
+            clip=self.config.clip,
+        )
+
+    def _warn_of_starved(self, found: Calibrated) -> None:
+        if found.filled:
+            few = ", ".join(f"{name} {found.tokens[name]}" for name in sorted(found.filled)[:4])
+            logger.warning(
+                "%d of %d groups of linears are experts' that saw fewer tokens than they have input features (%s%s): "
+                "other tokens of their layer fill their Hessians up; more calibration text helps",
+                len(found.filled),
+                len(found.hessians),
+                few,
+                ", …" if len(found.filled) > 4 else "",
+            )
 
     def _weight(self, name: str, linear: nn.Linear) -> Tensor:
         require_finite(f"{name}.weight", linear.weight.to(self.target), f"they overflow {self.target}")
         return linear.weight.float()
 
-    def _factor(self, group: list[str], hessians: dict[str, Hessian]) -> tuple[Tensor, Factor]:
+    def _factor(self, group: list[str], calibrated: Calibrated) -> tuple[Tensor, Factor]:
         try:
-            hessian = hessians[group[0]].mean()
+            hessian = calibrated.hessians[group[0]].mean()
             found = factor(hessian, self.config.damp_percent)
         except NotPositiveDefinite as error:
             raise QuantizationError(f"{group[0]}: {error}; use more or other calibration text") from error
