@@ -82,13 +82,15 @@ class _QuantizeLines:
     """One line for every linear."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.started = say, time.monotonic()
+        self.say, self.started, self.known = say, time.monotonic(), 0
 
     def __call__(self, event: ProgressEvent) -> None:
         if event.linear is None:
             return
+        if event.stage == "resume":
+            self.known = event.done
         elapsed = time.monotonic() - self.started
-        left = _left(elapsed, event.done, event.total)
+        left = _left(elapsed, event.done - self.known, event.total - self.known)
         self.say(
             f"[{event.done}/{event.total}] block {event.block + 1}/{event.blocks}  {_linear(event)}  "
             f"elapsed {show_time(elapsed)}" + (f"  left {left}" if left else "")

@@ -9,18 +9,23 @@ from typing import Any
 import click
 
 from marlin_gptq import __version__
-from marlin_gptq.checkpoint import resolve_model
+from marlin_gptq.checkpoint import read_json, resolve_model
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
+from marlin_gptq.cli.resume import go_on, keeping, options_of, resumed
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import InputError
+from marlin_gptq.output_directory import LOG_FILE
 from marlin_gptq.overrides import read_overrides
+from marlin_gptq.work_directory import WorkDirectory
 
 EXAMPLES = """\b
 Examples:
   marlin-quantize meta-llama/Llama-2-7b-hf --wbits 4 -o llama-2-7b-marlin
   marlin-quantize ./my-llama --wbits 4 -o my-llama-marlin --dataset texts.jsonl --group-size 64
   marlin-quantize examples/tiny-llama --wbits 4 -o tiny-marlin --dataset demo    (needs no network)
+  marlin-quantize ./my-llama -o my-llama-marlin --work-dir work     (keeps every finished block in ./work)
+  marlin-quantize --resume work                                     (goes on with that run after an interruption)
 
 Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama-2-7b-hf
 """
@@ -32,9 +37,9 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("--wbits", type=int, default=4, show_default=True, help="Bits per weight: 4.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write.  [required]")
 @click.option(
     "--group-size",
     type=click.Choice(["128", "64", "32", "-1"]),
@@ -103,19 +108,45 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
     help="Largest size of a weight file; as much waits in memory before it is written.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep every finished block in this directory, so that --resume DIR can go on after an interruption.",
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Go on with the run of a --work-dir: with the arguments it was started with, other ones are refused.",
+)
 @options.model_options
 @click.version_option(__version__)
-def main(**arguments: Any) -> None:
+@click.pass_context
+def main(context: click.Context, **arguments: Any) -> None:
     """Quantize MODEL (a directory or a hub id) to 4 bits and pack it for the Marlin kernel."""
-    output: Path = arguments["output"]
+    work: WorkDirectory | None = None
+    if arguments["resume"] is not None:
+        work, arguments = resumed(context, arguments)
+    for parameter in context.command.params:
+        if parameter.name in ("model", "output") and arguments[parameter.name] is None:
+            hint = "'MODEL'" if parameter.name == "model" else None
+            raise click.MissingParameter(ctx=context, param=parameter, param_hint=hint)
+    output, kept = arguments["output"], arguments.pop("resume") or arguments["work_dir"]
     try:
-        _quantize(**arguments)
+        _quantize(work, options_of(arguments), **arguments)
     except KeyboardInterrupt as error:
-        kept = "; what stood there before is unchanged" if output.exists() else ""
-        raise failures.Interrupted(f"interrupted: nothing was written under {output}{kept}") from error
+        rest = "; what stood there before is unchanged" if output.exists() else ""
+        rest += f"; go on with marlin-quantize --resume {kept}" if kept is not None else ""
+        raise failures.Interrupted(f"interrupted: nothing was written under {output}{rest}") from error
+    finally:
+        if work is not None:
+            work.close()
 
 
 def _quantize(
+    work: WorkDirectory | None,
+    given: dict[str, Any],
     model: str,
     output: Path,
     wbits: int,
@@ -135,6 +166,7 @@ def _quantize(
     config_file: Path | None,
     shard_size: str,
     overwrite: bool,
+    work_dir: Path | None,
     device: str,
     revision: str | None,
     offline: bool,
@@ -154,6 +186,13 @@ def _quantize(
         skip=skip,
         overrides=read_overrides(config_file) if config_file else (),
     )
+    if work is not None:
+        config = QuantizationConfig.from_dict(work.arguments["settings"])
+        if work.finished(output):
+            display.say(f"finished already: {output}; the work directory {work.directory} can be removed")
+            if as_json:
+                click.echo(json.dumps({"model": model} | read_json(output / LOG_FILE)))
+            return
     shard_bytes = options.parse_size(shard_size)
     require_free_name(output, overwrite)
 
@@ -169,35 +208,45 @@ def _quantize(
 
     samples: list[Any] = []
     calibration: dict[str, Any] = {}
-    if method == "gptq":
-        length = sequence_length(seq_len, options.context_length(model_dir))
-        if seq_len is None and length < DEFAULT_SEQ_LEN:
-            display.say(f"note: calibration documents of at most {length} tokens, the model's context")
-        samples = _read_samples(display, model_dir, dataset, n_samples, length, seed, special_tokens, offline)
-        tokens = sum(len(sample) for sample in samples)
-        calibration = {
-            "dataset": dataset, "n_samples": len(samples), "seq_len": length, "seed": seed,
-            "special_tokens": special_tokens, "tokens": tokens,
-        }  # fmt: skip
-    display.say(f"quantizing {model} on {where.type}: {method}, 4 bits, group size {group_size}")
-    with display.quantizing() as progress:
-        report = quantize_model(
-            model_dir,
-            output,
-            config,
-            samples,
-            device=where,
-            dtype=target,
-            shard_size=shard_bytes,
-            overwrite=overwrite,
-            base_model=None if Path(model).is_dir() else model,
-            calibration=calibration,
-            progress=progress,
-        )
+    going_on = work is not None
+    with keeping(work, work_dir, {"options": given, "settings": config.to_dict()}) as work:
+        if going_on:
+            samples, calibration = go_on(work), work.arguments["calibration"]
+            display.say(f"going on with the run in {work.directory}: {len(samples)} samples as they were")
+        elif method == "gptq":
+            length = sequence_length(seq_len, options.context_length(model_dir))
+            if seq_len is None and length < DEFAULT_SEQ_LEN:
+                display.say(f"note: calibration documents of at most {length} tokens, the model's context")
+            samples = _read_samples(display, model_dir, dataset, n_samples, length, seed, special_tokens, offline)
+            tokens = sum(len(sample) for sample in samples)
+            calibration = {
+                "dataset": dataset, "n_samples": len(samples), "seq_len": length, "seed": seed,
+                "special_tokens": special_tokens, "tokens": tokens,
+            }  # fmt: skip
+        if work is not None:
+            work.arguments["calibration"] = calibration
+        display.say(f"quantizing {model} on {where.type}: {method}, 4 bits, group size {group_size}")
+        with display.quantizing() as progress:
+            report = quantize_model(
+                model_dir,
+                output,
+                config,
+                samples,
+                device=where,
+                dtype=target,
+                shard_size=shard_bytes,
+                overwrite=overwrite,
+                base_model=None if Path(model).is_dir() else model,
+                calibration=calibration,
+                progress=progress,
+                work=work,
+            )
     if as_json:
         click.echo(json.dumps({"model": model} | report.to_dict()))
     else:
         click.echo(summary(report))
+    if work is not None:
+        display.say(f"note: the work directory {work.directory} is no longer needed")
 
 
 def require_free_name(output: Path, overwrite: bool) -> None:

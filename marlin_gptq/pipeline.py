@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from marlin_gptq.checkpoint import CheckpointWriter, TensorStore, require_space
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import InputError, QuantizationError
+from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.architecture import (
     block_linears,
     linear_names,
@@ -31,6 +33,7 @@ from marlin_gptq.modeling.architecture import (
     require_full_precision,
 )
 from marlin_gptq.modeling.blocks import BlockStream, stored_dtype
+from marlin_gptq.modeling.install import install_block
 from marlin_gptq.modeling.linear import pack, padded_features
 from marlin_gptq.modeling.observe import Calibrated, Groups, collect_hessians, stages
 from marlin_gptq.output_directory import write_companions
@@ -39,6 +42,7 @@ from marlin_gptq.quantization.gptq import gptq_quantize, rtn_quantize
 from marlin_gptq.quantization.hessian import Factor, NotPositiveDefinite, factor, relative_error
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group
 from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport, linear_record
+from marlin_gptq.work_directory import WorkDirectory, model_digest
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +77,7 @@ def quantize_model(
     base_model: str | None = None,
     calibration: dict[str, Any] | None = None,
     progress: Callable[[ProgressEvent], None] | None = None,
+    work: WorkDirectory | None = None,
 ) -> QuantizeReport:
     """Quantize the decoder linears of `model_dir` into the new directory `output`.
 
@@ -80,6 +85,8 @@ def quantize_model(
     dtype     float16 or bfloat16 of the result; None keeps the checkpoint's (float32 becomes float16).
     base_model  what the log and the model card call the source; by default the name of its directory.
     shard_size, in bytes, is also the most output that waits in host memory.
+    work        keeps every finished block; of a resumed run, gives those back that are there. The output is then
+                bit-identical to that of a run in one piece, but for the times in its log and card.
 
     Nothing appears under `output` before everything is written. Raises InputError, CheckpointError or
     QuantizationError, each naming what is wrong; an interrupted run leaves nothing behind.
@@ -93,15 +100,20 @@ def quantize_model(
     target = result_dtype(model_dir, dtype)
     stream = BlockStream(model_dir, device=device, dtype=target if device.type == "cuda" else torch.float32)
     linears = _linears_of(stream, config)
-    require_space(output, _output_bytes(stream, linears, config, target))
-    run = _Run(stream, config, target, sum(map(len, linears)), progress)
+    size = _output_bytes(stream, linears, config, target)
+    require_space(output, size)
+    if work is not None:
+        work.require_space(size, output)
+        work.begin(_facts(model_dir, config, target, shard_size, device), samples)
+    run = _Run(stream, config, target, sum(map(len, linears)), progress, work)
 
-    with CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite) as writer:
-        hidden = run.embed(samples) if config.method == "gptq" else []
+    with CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, run=work and work.id) as writer:
+        hidden = run.embed(samples if config.method == "gptq" else [])
         for name, tensor in stream.outer_parameters():
             writer.add(name, run.stored(name, tensor))
         for index, names in enumerate(linears):
-            hidden = run.block(index, list(names), hidden, writer)
+            for name, tensor in run.block(index, list(names), hidden).items():
+                writer.add(stream.file_name(name), tensor)
         run.report("write", stream.n_blocks - 1, None, None)
         unknown = stream.unknown_tensors()
         if unknown:
@@ -125,8 +137,23 @@ def quantize_model(
             records=run.records,
         )
         write_companions(writer, model_dir, report)
-        writer.finish()
+        writer.finish(work and work.finishing)
     return report
+
+
+def _facts(
+    model_dir: Path, config: QuantizationConfig, target: torch.dtype, shard_size: int, device: torch.device
+) -> dict[str, Any]:
+    """What the bits of the result depend on, beside the samples: a run is resumed with the same or not at all."""
+    return {
+        "model": model_digest(model_dir),
+        "settings": config.to_dict(),
+        "dtype": str(target).removeprefix("torch."),
+        "shard_size": shard_size,
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        **{name: version(name) for name in ("torch", "transformers", "marlin-gptq")},
+    }
 
 
 def _linears_of(stream: BlockStream, config: QuantizationConfig) -> list[dict[str, nn.Linear]]:
@@ -168,6 +195,7 @@ class _Run:
     target: torch.dtype
     total: int
     progress: Callable[[ProgressEvent], None] | None
+    work: WorkDirectory | None = None
     records: list[LinearRecord] = field(default_factory=list)
 
     def report(self, stage: str, block: int, linear: str | None, error: float | None) -> None:
@@ -184,53 +212,87 @@ class _Run:
         require_finite(name, cast, f"they overflow {self.target}; use --dtype bfloat16")
         return cast
 
-    def embed(self, samples: list[Tensor]) -> list[Tensor]:
+    def embed(self, samples: list[Tensor]) -> Activations:
         """Block 0's inputs, [1, T, hidden] each, on the device if half of its free memory holds them."""
         vocabulary = self.stream.config.vocab_size
-        place = self._place(sum(len(sample) for sample in samples))
-        hidden = []
-        for sample in samples:
+        hidden = Activations(
+            [len(sample) for sample in samples],
+            self.stream.config.hidden_size,
+            self.stream.dtype,
+            self.stream.device,
+            place=self._place(sum(len(sample) for sample in samples)),
+            tracked=self.work is not None,
+        )
+        for position, sample in enumerate(samples):
             if int(sample.max()) >= vocabulary or int(sample.min()) < 0:
                 raise InputError(
                     f"token {int(sample.max())} is outside the model's vocabulary of {vocabulary}: the tokenizer "
                     "does not belong to this model"
                 )
-            hidden.append(self.stream.embed(sample.unsqueeze(0)).to(place))
+            hidden.put(position, self.stream.embed(sample.unsqueeze(0)))
         self.stream.release()
         return hidden
 
-    def _place(self, tokens: int) -> torch.device:
+    def _place(self, tokens: int) -> str:
         if self.stream.device.type != "cuda":
-            return self.stream.device
+            return "device"
         size = tokens * self.stream.config.hidden_size * self.stream.dtype.itemsize
         free, _ = torch.cuda.mem_get_info(self.stream.device)
-        return self.stream.device if size < free / 2 else torch.device("cpu")
+        return "device" if size < free / 2 else "host"
 
-    def block(self, index: int, names: list[str], hidden: list[Tensor], writer: CheckpointWriter) -> list[Tensor]:
-        """Quantize block `index`, write its tensors, return the inputs of the next block."""
+    def block(self, index: int, names: list[str], hidden: Activations) -> dict[str, Tensor]:
+        """Quantize block `index`, or take it from the work directory; `hidden` becomes the inputs of the next block.
+
+        Returns the block's tensors as they are to be written, by the names the model has for them.
+        """
         with self.stream.block(index) as block:
             prefix = self.stream.block_name(index)
             linears = {name: _linear(block, name.removeprefix(f"{prefix}.")) for name in names}
-            self.report("calibrate", index, None, None)
-            packed: dict[str, Tensor] = {}
-            if self.config.method == "rtn":
-                groups = [[name] for name in names]
-                self._quantize(index, groups, linears, Calibrated({}), packed)
-            elif names:
-                in_order = stages(self.stream, index, linears, hidden[0])
-                together = [[group for groups in in_order for group in groups]]
-                for groups in in_order if self.config.true_sequential else together:
-                    found = collect_hessians(self.stream, index, groups, linears, hidden)
-                    self._warn_of_starved(found)
-                    self._quantize(index, groups, linears, found, packed)
-            for name, tensor in _named_tensors(block, prefix):
-                if name.removesuffix(".weight") not in linears:
-                    writer.add(self.stream.file_name(name), self.stored(name, tensor))
-            for name, tensor in packed.items():
-                writer.add(self.stream.file_name(name), tensor)
-            if self.config.method == "rtn" or index + 1 == self.stream.n_blocks:
-                return []
-            return [self.stream.run(index, h.to(self.stream.device)).to(h.device) for h in hidden]
+            tensors = self._finished_before(index, block, linears, hidden)
+            if tensors is None:
+                first = len(self.records)
+                tensors = self._quantize_block(index, block, linears, hidden)
+                if self.work is not None:
+                    record = {"linears": [asdict(linear) for linear in self.records[first:]]}
+                    self.work.put(step_name(index), hidden.digest(), tensors, record)
+            if index + 1 < self.stream.n_blocks:
+                for position, inputs in enumerate(hidden):
+                    hidden.put(position, self.stream.run(index, inputs))
+            return tensors
+
+    def _finished_before(
+        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], hidden: Activations
+    ) -> dict[str, Tensor] | None:
+        step = None if self.work is None else self.work.get(step_name(index), hidden.digest())
+        if step is None:
+            return None
+        sizes = {name: self.config.group_size_of(name) for name in linears}
+        install_block(block, self.stream.block_name(index), linears, step.tensors, sizes)
+        for record in step.record["linears"]:
+            self.records.append(LinearRecord(**record))
+            self.report("resume", index, self.records[-1].name, self.records[-1].relative_error)
+        return step.tensors
+
+    def _quantize_block(
+        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], hidden: Activations
+    ) -> dict[str, Tensor]:
+        self.report("calibrate", index, None, None)
+        packed: dict[str, Tensor] = {}
+        if self.config.method == "rtn":
+            self._quantize(index, [[name] for name in linears], linears, Calibrated({}), packed)
+        elif linears:
+            in_order = stages(self.stream, index, linears, hidden[0])
+            together = [[group for groups in in_order for group in groups]]
+            for groups in in_order if self.config.true_sequential else together:
+                found = collect_hessians(self.stream, index, groups, linears, hidden)
+                self._warn_of_starved(found)
+                self._quantize(index, groups, linears, found, packed)
+        kept = {
+            name: self.stored(name, tensor)
+            for name, tensor in _named_tensors(block, self.stream.block_name(index))
+            if name.removesuffix(".weight") not in linears
+        }
+        return kept | packed
 
     def _quantize(
         self,
@@ -320,6 +382,11 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     module = block.get_submodule(name)
     assert isinstance(module, nn.Linear)
     return module
+
+
+def step_name(index: int) -> str:
+    """What the work directory calls a block."""
+    return f"block-{index:05d}"
 
 
 def _named_tensors(block: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:
