@@ -120,6 +120,24 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
     metavar="DIR",
     help="Go on with the run of a --work-dir: with the arguments it was started with, other ones are refused.",
 )
+@click.option(
+    "--spill",
+    type=click.Choice(["auto", "none", "host", "disk"]),
+    default="auto",
+    show_default=True,
+    help="Where activations wait between two blocks: on the device (none), in host memory, in a file; auto: on the "
+    "device if they fit, else in host memory.",
+)
+@click.option(
+    "--max-gpu-memory",
+    metavar="SIZE",
+    help="Take at most this much GPU memory (12GB, say), at the price of time.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Read MODEL's config only; print types and sizes of the result, and estimates of memory and time.",
+)
 @options.model_options
 @click.version_option(__version__)
 @click.pass_context
@@ -129,7 +147,8 @@ def main(context: click.Context, **arguments: Any) -> None:
     if arguments["resume"] is not None:
         work, arguments = resumed(context, arguments)
     for parameter in context.command.params:
-        if parameter.name in ("model", "output") and arguments[parameter.name] is None:
+        needed = ("model",) if arguments["dry_run"] else ("model", "output")
+        if parameter.name in needed and arguments[parameter.name] is None:
             hint = "'MODEL'" if parameter.name == "model" else None
             raise click.MissingParameter(ctx=context, param=parameter, param_hint=hint)
     output, kept = arguments["output"], arguments.pop("resume") or arguments["work_dir"]
@@ -167,6 +186,9 @@ def _quantize(
     shard_size: str,
     overwrite: bool,
     work_dir: Path | None,
+    spill: str,
+    max_gpu_memory: str | None,
+    dry_run: bool,
     device: str,
     revision: str | None,
     offline: bool,
@@ -194,6 +216,24 @@ def _quantize(
                 click.echo(json.dumps({"model": model} | read_json(output / LOG_FILE)))
             return
     shard_bytes = options.parse_size(shard_size)
+    limit = options.parse_size(max_gpu_memory, "--max-gpu-memory") if max_gpu_memory else None
+    place = None if spill == "auto" else spill
+    if dry_run:
+        from marlin_gptq.cli import dry_run as dry
+
+        found = dry.estimate(
+            resolve_model(model, revision=revision, offline=offline),
+            config,
+            dtype=dtype,
+            device=options.torch_device(device),
+            n_samples=n_samples if method == "gptq" else 0,
+            seq_len=seq_len,
+            shard_size=shard_bytes,
+            spill=place,
+            limit=limit,
+        )
+        click.echo(json.dumps({"model": model} | found) if as_json else dry.shown(found))
+        return
     require_free_name(output, overwrite)
 
     from marlin_gptq.calibration import DEFAULT_SEQ_LEN, sequence_length
@@ -208,9 +248,8 @@ def _quantize(
 
     samples: list[Any] = []
     calibration: dict[str, Any] = {}
-    going_on = work is not None
-    with keeping(work, work_dir, {"options": given, "settings": config.to_dict()}) as work:
-        if going_on:
+    with keeping(work, work_dir, {"options": given, "settings": config.to_dict()}) as kept:
+        if work is not None:
             samples, calibration = go_on(work), work.arguments["calibration"]
             display.say(f"going on with the run in {work.directory}: {len(samples)} samples as they were")
         elif method == "gptq":
@@ -223,8 +262,8 @@ def _quantize(
                 "dataset": dataset, "n_samples": len(samples), "seq_len": length, "seed": seed,
                 "special_tokens": special_tokens, "tokens": tokens,
             }  # fmt: skip
-        if work is not None:
-            work.arguments["calibration"] = calibration
+        if kept is not None:
+            kept.arguments["calibration"] = calibration
         display.say(f"quantizing {model} on {where.type}: {method}, 4 bits, group size {group_size}")
         with display.quantizing() as progress:
             report = quantize_model(
@@ -239,14 +278,16 @@ def _quantize(
                 base_model=None if Path(model).is_dir() else model,
                 calibration=calibration,
                 progress=progress,
-                work=work,
+                work=kept,
+                spill=place,
+                max_gpu_memory=limit,
             )
     if as_json:
         click.echo(json.dumps({"model": model} | report.to_dict()))
     else:
         click.echo(summary(report))
-    if work is not None:
-        display.say(f"note: the work directory {work.directory} is no longer needed")
+    if kept is not None:
+        display.say(f"note: the work directory {kept.directory} is no longer needed")
 
 
 def require_free_name(output: Path, overwrite: bool) -> None:

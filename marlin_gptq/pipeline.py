@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from marlin_gptq.checkpoint import CheckpointWriter, TensorStore, require_space
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import InputError, QuantizationError
+from marlin_gptq.estimates import Job, Plan, hessian_passes, plan_within
 from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.architecture import (
     block_linears,
@@ -32,15 +33,16 @@ from marlin_gptq.modeling.architecture import (
     require_finite,
     require_full_precision,
 )
-from marlin_gptq.modeling.blocks import BlockStream, stored_dtype
+from marlin_gptq.modeling.blocks import BlockStream, return_free_memory, stored_dtype
 from marlin_gptq.modeling.install import install_block
 from marlin_gptq.modeling.linear import pack, padded_features
 from marlin_gptq.modeling.observe import Calibrated, Groups, collect_hessians, stages
+from marlin_gptq.modeling.outline import outline
 from marlin_gptq.output_directory import write_companions
 from marlin_gptq.overrides import require_matches
 from marlin_gptq.quantization.gptq import gptq_quantize, rtn_quantize
 from marlin_gptq.quantization.hessian import Factor, NotPositiveDefinite, factor, relative_error
-from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group
+from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, join_rows
 from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport, linear_record
 from marlin_gptq.work_directory import WorkDirectory, model_digest
 
@@ -78,6 +80,8 @@ def quantize_model(
     calibration: dict[str, Any] | None = None,
     progress: Callable[[ProgressEvent], None] | None = None,
     work: WorkDirectory | None = None,
+    spill: str | None = None,
+    max_gpu_memory: int | None = None,
 ) -> QuantizeReport:
     """Quantize the decoder linears of `model_dir` into the new directory `output`.
 
@@ -87,6 +91,8 @@ def quantize_model(
     shard_size, in bytes, is also the most output that waits in host memory.
     work        keeps every finished block; of a resumed run, gives those back that are there. The output is then
                 bit-identical to that of a run in one piece, but for the times in its log and card.
+    spill       where activations wait between two blocks: "none" (on the device), "host" or "disk"; None decides.
+    max_gpu_memory  bytes that the run may take on the GPU; what it gives up for that stands in estimates.plan_within.
 
     Nothing appears under `output` before everything is written. Raises InputError, CheckpointError or
     QuantizationError, each naming what is wrong; an interrupted run leaves nothing behind.
@@ -102,15 +108,17 @@ def quantize_model(
     linears = _linears_of(stream, config)
     size = _output_bytes(stream, linears, config, target)
     require_space(output, size)
+    job = job_of(samples if config.method == "gptq" else [], config, stream.dtype, shard_size)
+    plan = _plan(model_dir, config, job, device, spill, max_gpu_memory)
     if work is not None:
         work.require_space(size, output)
-        work.begin(_facts(model_dir, config, target, shard_size, device), samples)
-    run = _Run(stream, config, target, sum(map(len, linears)), progress, work)
+        work.begin(_facts(model_dir, config, target, shard_size, device) | {"rows at once": plan.rows}, samples)
+    disk = work.directory if work else output.absolute().parent
+    run = _Run(stream, config, target, sum(map(len, linears)), progress, work, plan, disk)
 
-    with CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, run=work and work.id) as writer:
+    with CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, run=work.id if work else None) as writer:
         hidden = run.embed(samples if config.method == "gptq" else [])
-        for name, tensor in stream.outer_parameters():
-            writer.add(name, run.stored(name, tensor))
+        run.copy_outer(writer)
         for index, names in enumerate(linears):
             for name, tensor in run.block(index, list(names), hidden).items():
                 writer.add(stream.file_name(name), tensor)
@@ -137,8 +145,41 @@ def quantize_model(
             records=run.records,
         )
         write_companions(writer, model_dir, report)
-        writer.finish(work and work.finishing)
+        writer.finish(work.finishing if work else None)
     return report
+
+
+def job_of(samples: list[Tensor], config: QuantizationConfig, dtype: torch.dtype, shard_size: int) -> Job:
+    """The run over these samples, for estimates of it."""
+    lengths = [len(sample) for sample in samples]
+    return Job(
+        tokens=sum(lengths),
+        longest=max(lengths, default=0),
+        compute_bytes=dtype.itemsize,
+        shard_size=shard_size,
+        clip=config.clip,
+        true_sequential=config.true_sequential,
+    )
+
+
+def _plan(
+    model_dir: Path, config: QuantizationConfig, job: Job, device: torch.device, spill: str | None, limit: int | None
+) -> Plan:
+    """How the run keeps within its memory; with a limit, torch is told never to take more."""
+    if device.type != "cuda":
+        if limit is not None:
+            raise InputError("--max-gpu-memory: this run computes on the CPU; leave it out, or use --device cuda")
+        return Plan("disk" if spill == "disk" else "device")
+    if limit is not None:
+        plan = plan_within(outline(model_dir, config), job, limit, spill)
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        return plan
+    if spill is not None:
+        return Plan({"none": "device"}.get(spill, spill))
+    free, _ = torch.cuda.mem_get_info(device)
+    hidden = read_config(model_dir).hidden_size
+    return Plan("device" if job.tokens * hidden * job.compute_bytes < free / 2 else "host")
 
 
 def _facts(
@@ -195,8 +236,11 @@ class _Run:
     target: torch.dtype
     total: int
     progress: Callable[[ProgressEvent], None] | None
-    work: WorkDirectory | None = None
+    work: WorkDirectory | None
+    plan: Plan
+    disk: Path
     records: list[LinearRecord] = field(default_factory=list)
+    quantized: list[tuple[nn.Linear, QuantizedWeight]] = field(default_factory=list)
 
     def report(self, stage: str, block: int, linear: str | None, error: float | None) -> None:
         if self.progress is not None:
@@ -213,14 +257,15 @@ class _Run:
         return cast
 
     def embed(self, samples: list[Tensor]) -> Activations:
-        """Block 0's inputs, [1, T, hidden] each, on the device if half of its free memory holds them."""
+        """Block 0's inputs, [1, T, hidden] each, where the plan keeps them."""
         vocabulary = self.stream.config.vocab_size
         hidden = Activations(
             [len(sample) for sample in samples],
             self.stream.config.hidden_size,
             self.stream.dtype,
             self.stream.device,
-            place=self._place(sum(len(sample) for sample in samples)),
+            place=self.plan.place,
+            directory=self.disk,
             tracked=self.work is not None,
         )
         for position, sample in enumerate(samples):
@@ -231,14 +276,14 @@ class _Run:
                 )
             hidden.put(position, self.stream.embed(sample.unsqueeze(0)))
         self.stream.release()
+        return_free_memory()
         return hidden
 
-    def _place(self, tokens: int) -> str:
-        if self.stream.device.type != "cuda":
-            return "device"
-        size = tokens * self.stream.config.hidden_size * self.stream.dtype.itemsize
-        free, _ = torch.cuda.mem_get_info(self.stream.device)
-        return "device" if size < free / 2 else "host"
+    def copy_outer(self, writer: CheckpointWriter) -> None:
+        """Write the tensors outside the blocks as they are."""
+        for name, tensor in self.stream.outer_parameters():
+            writer.add(name, self.stored(name, tensor))
+        return_free_memory()
 
     def block(self, index: int, names: list[str], hidden: Activations) -> dict[str, Tensor]:
         """Quantize block `index`, or take it from the work directory; `hidden` becomes the inputs of the next block.
@@ -280,19 +325,34 @@ class _Run:
         packed: dict[str, Tensor] = {}
         if self.config.method == "rtn":
             self._quantize(index, [[name] for name in linears], linears, Calibrated({}), packed)
+            self.quantized.clear()  # nothing runs through the block any more
         elif linears:
             in_order = stages(self.stream, index, linears, hidden[0])
             together = [[group for groups in in_order for group in groups]]
-            for groups in in_order if self.config.true_sequential else together:
-                found = collect_hessians(self.stream, index, groups, linears, hidden)
-                self._warn_of_starved(found)
-                self._quantize(index, groups, linears, found, packed)
+            for stage in in_order if self.config.true_sequential else together:
+                for groups in self._passes(stage, linears):
+                    found = collect_hessians(self.stream, index, groups, linears, hidden)
+                    self._warn_of_starved(found)
+                    self._quantize(index, groups, linears, found, packed)
+                self._replace_weights()
         kept = {
             name: self.stored(name, tensor)
             for name, tensor in _named_tensors(block, self.stream.block_name(index))
             if name.removesuffix(".weight") not in linears
         }
         return kept | packed
+
+    def _passes(self, stage: Groups, linears: dict[str, nn.Linear]) -> list[Groups]:
+        """The groups of a stage in as many passes as their Hessians' memory asks for."""
+        by_name = {group[0]: group for group in stage}
+        sizes = [(name, linears[name].in_features) for name in by_name]
+        return [[by_name[name] for name in names] for names in hessian_passes(sizes, self.plan.hessian_bytes)]
+
+    def _replace_weights(self) -> None:
+        """Quantized weights come into their block when its stage is done, so that every pass of one sees the same."""
+        for linear, part in self.quantized:
+            linear.weight = nn.Parameter(part.dequantize().to(linear.weight.dtype), requires_grad=False)
+        self.quantized.clear()
 
     def _quantize(
         self,
@@ -303,12 +363,14 @@ class _Run:
         packed: dict[str, Tensor],
     ) -> None:
         for group in groups:
+            return_free_memory()
             started = time.perf_counter()
             hessian, found = None, Factor(torch.empty(0), 0.0)
             if self.config.method == "gptq":
                 hessian, found = self._factor(group, calibrated)
             shared = (time.perf_counter() - started) / len(group)
             for names in self._of_one_group_size(group):
+                return_free_memory()
                 started = time.perf_counter()
                 # Rows are independent: linears of one input are solved as one tall weight under one Hessian.
                 weight = torch.cat([self._weight(name, linears[name]) for name in names])
@@ -325,7 +387,7 @@ class _Run:
                     tokens = calibrated.tokens.get(group[0], 0)
                     self.records.append(linear_record(name, index, part, error, found.damp_percent, share, tokens))
                     packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
-                    linear.weight = nn.Parameter(part.dequantize().to(linear.weight.dtype), requires_grad=False)
+                    self.quantized.append((linear, part))
                     self.report("quantize", index, name, error)
 
     def _of_one_group_size(self, group: list[str]) -> Groups:
@@ -335,13 +397,18 @@ class _Run:
     def _solve(self, weight: Tensor, upper: Tensor, group_size: int) -> QuantizedWeight:
         if self.config.method == "rtn":
             return rtn_quantize(weight, group_size=group_size, scale_dtype=self.target)
-        return gptq_quantize(
-            weight,
-            upper,
-            group_size=group_size,
-            scale_dtype=self.target,
-            block_size=self.config.block_size,
-            clip=self.config.clip,
+        return join_rows(
+            [
+                gptq_quantize(
+                    rows,
+                    upper,
+                    group_size=group_size,
+                    scale_dtype=self.target,
+                    block_size=self.config.block_size,
+                    clip=self.config.clip,
+                )
+                for rows in weight.split(self.plan.rows or len(weight))
+            ]
         )
 
     def _warn_of_starved(self, found: Calibrated) -> None:

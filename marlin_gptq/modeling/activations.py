@@ -137,7 +137,7 @@ def _nameless_file(directory: Path, size: int) -> Any:
 
 
 def _read(handle: int, piece: Tensor, offset: int) -> None:
-    view = memoryview(piece.numpy())
+    view = memoryview(piece.numpy().data)
     while view:
         count = os.preadv(handle, [view], offset)
         if not count:
@@ -146,7 +146,7 @@ def _read(handle: int, piece: Tensor, offset: int) -> None:
 
 
 def _write(handle: int, piece: Tensor, offset: int) -> None:
-    view = memoryview(piece.numpy())
+    view = memoryview(piece.numpy().data)
     while view:
         count = os.pwrite(handle, view, offset)
         view, offset = view[count:], offset + count

@@ -135,7 +135,7 @@ def routing_modules(block: nn.Module) -> set[str]:
 
 
 def _names(config: Any) -> tuple[str, str, str]:
-    return _NAMES.get(getattr(config, "model_type", ""), _PROJECTIONS)  # type: ignore[return-value]
+    return _NAMES.get(getattr(config, "model_type", ""), _PROJECTIONS)
 
 
 def _require_understood(name: str, module: nn.Module, fused: dict[str, nn.Parameter]) -> None:
