@@ -10,10 +10,11 @@ import click
 
 from marlin_gptq import __version__
 from marlin_gptq.checkpoint import read_json, resolve_model
-from marlin_gptq.cli import failures, options
+from marlin_gptq.cli import failures, options, processes
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.resume import go_on, keeping, options_of, resumed
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.output_directory import LOG_FILE
 from marlin_gptq.overrides import read_overrides
@@ -144,26 +145,30 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
 def main(context: click.Context, **arguments: Any) -> None:
     """Quantize MODEL (a directory or a hub id) to 4 bits and pack it for the Marlin kernel."""
     work: WorkDirectory | None = None
-    if arguments["resume"] is not None:
-        work, arguments = resumed(context, arguments)
-    for parameter in context.command.params:
+    with processes.team(arguments["device"]) as team:
+        if arguments["resume"] is not None:
+            if team.leads:
+                work, arguments = resumed(context, arguments)
+            arguments = team.from_leader(arguments)
         needed = ("model",) if arguments["dry_run"] else ("model", "output")
-        if parameter.name in needed and arguments[parameter.name] is None:
-            hint = "'MODEL'" if parameter.name == "model" else None
-            raise click.MissingParameter(ctx=context, param=parameter, param_hint=hint)
-    output, kept = arguments["output"], arguments.pop("resume") or arguments["work_dir"]
-    try:
-        _quantize(work, options_of(arguments), **arguments)
-    except KeyboardInterrupt as error:
-        rest = "; what stood there before is unchanged" if output.exists() else ""
-        rest += f"; go on with marlin-quantize --resume {kept}" if kept is not None else ""
-        raise failures.Interrupted(f"interrupted: nothing was written under {output}{rest}") from error
-    finally:
-        if work is not None:
-            work.close()
+        for parameter in context.command.params:
+            if parameter.name in needed and arguments[parameter.name] is None:
+                hint = "'MODEL'" if parameter.name == "model" else None
+                raise click.MissingParameter(ctx=context, param=parameter, param_hint=hint)
+        output, kept = arguments["output"], arguments.pop("resume") or arguments["work_dir"]
+        try:
+            _quantize(team, work, options_of(arguments), **arguments)
+        except KeyboardInterrupt as error:
+            rest = "; what stood there before is unchanged" if output.exists() else ""
+            rest += f"; go on with marlin-quantize --resume {kept}" if kept is not None else ""
+            raise failures.Interrupted(f"interrupted: nothing was written under {output}{rest}") from error
+        finally:
+            if work is not None:
+                work.close()
 
 
 def _quantize(
+    team: Team,
     work: WorkDirectory | None,
     given: dict[str, Any],
     model: str,
@@ -195,7 +200,7 @@ def _quantize(
     as_json: bool,
     debug: bool,
 ) -> None:
-    display = Display()
+    display = Display(silent=not team.leads)
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
     config = QuantizationConfig(
@@ -208,11 +213,12 @@ def _quantize(
         skip=skip,
         overrides=read_overrides(config_file) if config_file else (),
     )
-    if work is not None:
-        config = QuantizationConfig.from_dict(work.arguments["settings"])
-        if work.finished(output):
-            display.say(f"finished already: {output}; the work directory {work.directory} can be removed")
-            if as_json:
+    settings = team.from_leader(work.arguments["settings"] if work is not None else None)
+    if settings is not None:
+        config = QuantizationConfig.from_dict(settings)
+        if team.from_leader(work is not None and work.finished(output)):
+            display.say(f"finished already: {output}; the work directory can be removed")
+            if as_json and team.leads:
                 click.echo(json.dumps({"model": model} | read_json(output / LOG_FILE)))
             return
     shard_bytes = options.parse_size(shard_size)
@@ -240,7 +246,7 @@ def _quantize(
     from marlin_gptq.pipeline import quantize_model, require_quantizable
 
     options.quiet_libraries(display.say)
-    where, target = options.torch_device(device), options.torch_dtype(dtype)
+    where, target = processes.own_device(options.torch_device(device)), options.torch_dtype(dtype)
     model_dir = resolve_model(model, revision=revision, offline=offline)
     if output.exists() and output.samefile(model_dir):
         raise InputError(f"{output}: is the model itself; give another --output")
@@ -248,11 +254,11 @@ def _quantize(
 
     samples: list[Any] = []
     calibration: dict[str, Any] = {}
-    with keeping(work, work_dir, {"options": given, "settings": config.to_dict()}) as kept:
+    with keeping(work, work_dir if team.leads else None, {"options": given, "settings": config.to_dict()}) as kept:
         if work is not None:
             samples, calibration = go_on(work), work.arguments["calibration"]
             display.say(f"going on with the run in {work.directory}: {len(samples)} samples as they were")
-        elif method == "gptq":
+        elif method == "gptq" and team.leads:
             length = sequence_length(seq_len, options.context_length(model_dir))
             if seq_len is None and length < DEFAULT_SEQ_LEN:
                 display.say(f"note: calibration documents of at most {length} tokens, the model's context")
@@ -262,6 +268,8 @@ def _quantize(
                 "dataset": dataset, "n_samples": len(samples), "seq_len": length, "seed": seed,
                 "special_tokens": special_tokens, "tokens": tokens,
             }  # fmt: skip
+        samples, calibration = team.from_leader((samples, calibration))
+        processes.threads_as_leader(team)
         if kept is not None:
             kept.arguments["calibration"] = calibration
         display.say(f"quantizing {model} on {where.type}: {method}, 4 bits, group size {group_size}")
@@ -281,7 +289,10 @@ def _quantize(
                 work=kept,
                 spill=place,
                 max_gpu_memory=limit,
+                team=team,
             )
+    if not team.leads:
+        return
     if as_json:
         click.echo(json.dumps({"model": model} | report.to_dict()))
     else:

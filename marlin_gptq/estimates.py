@@ -122,8 +122,8 @@ def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
     phases = [("embed", 0, kept + table * job.compute_bytes)] if job.tokens else []
     for index, block in enumerate(outline.blocks):
         weights = block.parameters * job.compute_bytes
-        packed = sum(map(packed_bytes, block.quantized))
-        phases += [(phase, index, kept + weights + packed + size) for phase, size in _phases(outline, block, job, plan)]
+        codes = sum(linear.in_features * linear.out_features for linear in block.quantized)
+        phases += [(phase, index, kept + weights + codes + size) for phase, size in _phases(outline, block, job, plan)]
     phase, index, device = max(phases, key=lambda entry: entry[2])
     waiting = min(max(job.shard_size, table * job.stored_bytes), output_bytes(outline, job.stored_bytes))
     host = waiting + (activation_bytes(outline, job) if plan.place == "host" else 0)

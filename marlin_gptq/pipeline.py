@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from marlin_gptq.checkpoint import CheckpointWriter, TensorStore, require_space
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.distributed import Team, share_out
 from marlin_gptq.errors import InputError, QuantizationError
 from marlin_gptq.estimates import Job, Plan, hessian_passes, plan_within
 from marlin_gptq.modeling.activations import Activations
@@ -47,6 +49,8 @@ from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport, line
 from marlin_gptq.work_directory import WorkDirectory, model_digest
 
 logger = logging.getLogger(__name__)
+
+ALONE = Team()
 
 
 def require_quantizable(
@@ -82,6 +86,7 @@ def quantize_model(
     work: WorkDirectory | None = None,
     spill: str | None = None,
     max_gpu_memory: int | None = None,
+    team: Team = ALONE,
 ) -> QuantizeReport:
     """Quantize the decoder linears of `model_dir` into the new directory `output`.
 
@@ -93,6 +98,8 @@ def quantize_model(
                 bit-identical to that of a run in one piece, but for the times in its log and card.
     spill       where activations wait between two blocks: "none" (on the device), "host" or "disk"; None decides.
     max_gpu_memory  bytes that the run may take on the GPU; what it gives up for that stands in estimates.plan_within.
+    team        the processes that work on it together, each calling this with the same arguments (`work`, `progress`
+                and what is written are the first one's). Equal to one process but for the order of sums.
 
     Nothing appears under `output` before everything is written. Raises InputError, CheckpointError or
     QuantizationError, each naming what is wrong; an interrupted run leaves nothing behind.
@@ -108,23 +115,30 @@ def quantize_model(
     linears = _linears_of(stream, config)
     size = _output_bytes(stream, linears, config, target)
     require_space(output, size)
-    job = job_of(samples if config.method == "gptq" else [], config, stream.dtype, shard_size)
-    plan = _plan(model_dir, config, job, device, spill, max_gpu_memory)
+    own = _own_samples(samples if config.method == "gptq" else [], team)
+    job = job_of(own, config, stream.dtype, shard_size)
+    plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory))
     if work is not None:
         work.require_space(size, output)
-        work.begin(_facts(model_dir, config, target, shard_size, device) | {"rows at once": plan.rows}, samples)
+        shared = {"rows at once": plan.rows, "processes": team.size}
+        work.begin(_facts(model_dir, config, target, shard_size, device) | shared, samples)
     disk = work.directory if work else output.absolute().parent
-    run = _Run(stream, config, target, sum(map(len, linears)), progress, work, plan, disk)
-
-    with CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, run=work.id if work else None) as writer:
-        hidden = run.embed(samples if config.method == "gptq" else [])
-        run.copy_outer(writer)
+    run = _Run(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team)
+    name = work.id if work else None
+    # Only the first process writes.
+    writing = CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, run=name) if team.leads else None
+    with writing or nullcontext() as writer:
+        hidden = run.embed(own)
+        if writer is not None:
+            run.copy_outer(writer)
         for index, names in enumerate(linears):
-            for name, tensor in run.block(index, list(names), hidden).items():
-                writer.add(stream.file_name(name), tensor)
+            tensors = run.block(index, list(names), hidden)
+            if writer is not None:
+                for name, tensor in tensors.items():
+                    writer.add(stream.file_name(name), tensor)
         run.report("write", stream.n_blocks - 1, None, None)
         unknown = stream.unknown_tensors()
-        if unknown:
+        if unknown and team.leads:
             logger.warning(
                 "%d tensors that the architecture has no place for were left out (%s)",
                 len(unknown),
@@ -139,14 +153,25 @@ def quantize_model(
             dtype=str(target).removeprefix("torch."),
             seconds=time.perf_counter() - started,
             bytes_before=sum(stream.store.size(name) for name in stream.store.names if name not in set(unknown)),
-            bytes_after=writer.total_bytes,
+            bytes_after=size,
             peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             unknown_tensors=unknown,
             records=run.records,
         )
-        write_companions(writer, model_dir, report)
-        writer.finish(work.finishing if work else None)
+        if writer is not None:
+            write_companions(writer, model_dir, report)
+            writer.finish(work.finishing if work else None)
+        team.from_leader(None)  # nobody leaves before the output is there
     return report
+
+
+def _own_samples(samples: list[Tensor], team: Team) -> list[Tensor]:
+    """This process's share, of about as many tokens as the others'; InputError if there are too few for all."""
+    if samples and len(samples) < team.size:
+        raise InputError(
+            f"samples: got {len(samples)} for {team.size} processes; give at least one for each, or use fewer processes"
+        )
+    return team.mine(samples, [float(len(sample)) for sample in samples])
 
 
 def job_of(samples: list[Tensor], config: QuantizationConfig, dtype: torch.dtype, shard_size: int) -> Job:
@@ -239,12 +264,14 @@ class _Run:
     work: WorkDirectory | None
     plan: Plan
     disk: Path
+    team: Team
     records: list[LinearRecord] = field(default_factory=list)
     quantized: list[tuple[nn.Linear, QuantizedWeight]] = field(default_factory=list)
+    solved: int = 0
 
     def report(self, stage: str, block: int, linear: str | None, error: float | None) -> None:
         if self.progress is not None:
-            done = len(self.records)
+            done = min(self.total, len(self.records) + self.solved * self.team.size)
             self.progress(ProgressEvent(stage, block, self.stream.n_blocks, linear, done, self.total, error))
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
@@ -266,7 +293,7 @@ class _Run:
             self.stream.device,
             place=self.plan.place,
             directory=self.disk,
-            tracked=self.work is not None,
+            tracked=self.team.from_leader(self.work is not None),
         )
         for position, sample in enumerate(samples):
             if int(sample.max()) >= vocabulary or int(sample.min()) < 0:
@@ -297,9 +324,11 @@ class _Run:
             if tensors is None:
                 first = len(self.records)
                 tensors = self._quantize_block(index, block, linears, hidden)
-                if self.work is not None:
+                if hidden.tracked:
+                    digest = self.team.digest(hidden.digest())
                     record = {"linears": [asdict(linear) for linear in self.records[first:]]}
-                    self.work.put(step_name(index), hidden.digest(), tensors, record)
+                    if self.work is not None:
+                        self.work.put(step_name(index), digest, tensors, record)
             if index + 1 < self.stream.n_blocks:
                 for position, inputs in enumerate(hidden):
                     hidden.put(position, self.stream.run(index, inputs))
@@ -308,7 +337,10 @@ class _Run:
     def _finished_before(
         self, index: int, block: nn.Module, linears: dict[str, nn.Linear], hidden: Activations
     ) -> dict[str, Tensor] | None:
-        step = None if self.work is None else self.work.get(step_name(index), hidden.digest())
+        if not hidden.tracked:
+            return None
+        digest = self.team.digest(hidden.digest())
+        step = self.team.from_leader(None if self.work is None else self.work.get(step_name(index), digest))
         if step is None:
             return None
         sizes = {name: self.config.group_size_of(name) for name in linears}
@@ -331,7 +363,7 @@ class _Run:
             together = [[group for groups in in_order for group in groups]]
             for stage in in_order if self.config.true_sequential else together:
                 for groups in self._passes(stage, linears):
-                    found = collect_hessians(self.stream, index, groups, linears, hidden)
+                    found = collect_hessians(self.stream, index, groups, linears, hidden, self.team.add_up)
                     self._warn_of_starved(found)
                     self._quantize(index, groups, linears, found, packed)
                 self._replace_weights()
@@ -362,33 +394,68 @@ class _Run:
         calibrated: Calibrated,
         packed: dict[str, Tensor],
     ) -> None:
-        for group in groups:
+        """Solve the groups, each in one process of the team, and note their codes, scales and records in all."""
+        owners = share_out([self._cost(group, linears) for group in groups], self.team.size)
+        solved = {
+            group[0]: self._solve_group(index, group, linears, calibrated)
+            for group, owner in zip(groups, owners, strict=True)
+            if owner == self.team.rank
+        }
+        self.solved = 0
+        for group, owner in zip(groups, owners, strict=True):
+            parts, records = solved.pop(group[0], ({}, []))
+            self.records += self.team.object_from(owner, records)
+            for name in group:
+                part = self._part_from(owner, parts.get(name), name, linears[name])
+                packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
+                self.quantized.append((linears[name], part))
+
+    def _cost(self, group: list[str], linears: dict[str, nn.Linear]) -> float:
+        """Of solving a group, in multiplications: its factor, and the search and updates of its rows."""
+        features = linears[group[0]].in_features
+        return 2 * features**3 + sum(linears[name].out_features for name in group) * features * (features / 2 + 10_000)
+
+    def _part_from(self, owner: int, part: QuantizedWeight | None, name: str, linear: nn.Linear) -> QuantizedWeight:
+        group_size = self.config.group_size_of(name)
+        if part is None:
+            groups = linear.in_features // columns_per_group(linear.in_features, group_size)
+            codes = torch.empty(linear.weight.shape, dtype=torch.uint8, device=linear.weight.device)
+            scales = torch.empty(linear.out_features, groups, dtype=self.target, device=linear.weight.device)
+            part = QuantizedWeight(codes, scales, None, group_size)
+        codes, scales = (self.team.tensor_from(owner, tensor) for tensor in (part.codes, part.scales))
+        return QuantizedWeight(codes, scales, None, group_size)
+
+    def _solve_group(
+        self, index: int, group: list[str], linears: dict[str, nn.Linear], calibrated: Calibrated
+    ) -> tuple[dict[str, QuantizedWeight], list[LinearRecord]]:
+        return_free_memory()
+        started = time.perf_counter()
+        hessian, found = None, Factor(torch.empty(0), 0.0)
+        if self.config.method == "gptq":
+            hessian, found = self._factor(group, calibrated)
+        shared = (time.perf_counter() - started) / len(group)
+        parts: dict[str, QuantizedWeight] = {}
+        records: list[LinearRecord] = []
+        for names in self._of_one_group_size(group):
             return_free_memory()
             started = time.perf_counter()
-            hessian, found = None, Factor(torch.empty(0), 0.0)
-            if self.config.method == "gptq":
-                hessian, found = self._factor(group, calibrated)
-            shared = (time.perf_counter() - started) / len(group)
-            for names in self._of_one_group_size(group):
-                return_free_memory()
-                started = time.perf_counter()
-                # Rows are independent: linears of one input are solved as one tall weight under one Hessian.
-                weight = torch.cat([self._weight(name, linears[name]) for name in names])
-                quantized = self._solve(weight, found.upper, self.config.group_size_of(names[0]))
-                seconds = time.perf_counter() - started
-                row = 0
-                for name in names:
-                    linear = linears[name]
-                    rows = slice(row, row + linear.out_features)
-                    row = rows.stop
-                    part = quantized.rows(rows.start, rows.stop)
-                    error = relative_error(weight[rows], part.dequantize(), hessian)
-                    share = shared + seconds * linear.out_features / weight.shape[0]
-                    tokens = calibrated.tokens.get(group[0], 0)
-                    self.records.append(linear_record(name, index, part, error, found.damp_percent, share, tokens))
-                    packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
-                    self.quantized.append((linear, part))
-                    self.report("quantize", index, name, error)
+            # Rows are independent: linears of one input are solved as one tall weight under one Hessian.
+            weight = torch.cat([self._weight(name, linears[name]) for name in names])
+            quantized = self._solve(weight, found.upper, self.config.group_size_of(names[0]))
+            seconds = time.perf_counter() - started
+            row = 0
+            for name in names:
+                rows = slice(row, row + linears[name].out_features)
+                row = rows.stop
+                part = quantized.rows(rows.start, rows.stop)
+                error = relative_error(weight[rows], part.dequantize(), hessian)
+                share = shared + seconds * linears[name].out_features / weight.shape[0]
+                tokens = calibrated.tokens.get(group[0], 0)
+                parts[name] = part
+                records.append(linear_record(name, index, part, error, found.damp_percent, share, tokens))
+                self.solved += 1
+                self.report("quantize", index, name, error)
+        return parts, records
 
     def _of_one_group_size(self, group: list[str]) -> Groups:
         sizes = dict.fromkeys(map(self.config.group_size_of, group))
@@ -412,7 +479,7 @@ class _Run:
         )
 
     def _warn_of_starved(self, found: Calibrated) -> None:
-        if found.filled:
+        if found.filled and self.team.leads:
             few = ", ".join(f"{name} {found.tokens[name]}" for name in sorted(found.filled)[:4])
             logger.warning(
                 "%d of %d groups of linears are experts' that saw fewer tokens than they have input features (%s%s): "

@@ -89,7 +89,7 @@ config = QuantizationConfig(method=method, clip=False)
 found = outline(source, config)
 before = resident_bytes()
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, here
-job = Job(count * length, length, 4, 10**7, clip=False)
+job = Job(*((count * length, length) if method == "gptq" else (0, 0)), 4, 10**7, clip=False)
 samples = [torch.randint(0, 90, (length,)) for _ in range(count)]
 quantize_model(source, Path(sys.argv[5]), config, samples, device=torch.device("cpu"), shard_size=10**7)
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

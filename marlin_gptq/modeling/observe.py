@@ -13,6 +13,7 @@ from marlin_gptq.modeling.experts import Experts, expert_lists
 from marlin_gptq.quantization.hessian import Hessian
 
 Groups = list[list[str]]
+AddUp = Callable[[Iterable[Hessian]], None]
 
 
 @dataclass
@@ -72,9 +73,16 @@ def shared_inputs(stream: BlockStream, index: int, linears: dict[str, nn.Linear]
 
 
 def collect_hessians(
-    stream: BlockStream, index: int, groups: Groups, linears: dict[str, nn.Linear], hidden: Iterable[Tensor]
+    stream: BlockStream,
+    index: int,
+    groups: Groups,
+    linears: dict[str, nn.Linear],
+    hidden: Iterable[Tensor],
+    add_up: AddUp = lambda _: None,
 ) -> Calibrated:
     """Run all samples through the block and sum one Hessian per group.
+
+    add_up  sums Hessians over the processes of a run, each of which has samples of its own.
 
     An expert that fewer tokens reached than it has input features has a singular Hessian, or none. A second pass then
     takes all tokens of its layer through it, and they fill the Hessian up to as many tokens as there are features.
@@ -82,11 +90,12 @@ def collect_hessians(
     hessians = {group[0]: Hessian(linears[group[0]].in_features, stream.device) for group in groups}
     hooks = [linears[name].register_forward_pre_hook(_summing(hessian)) for name, hessian in hessians.items()]
     _pass(stream, index, hidden, hooks)
+    add_up(hessians.values())
     found = Calibrated(hessians, {name: hessian.tokens for name, hessian in hessians.items()})
     experts = _experts_of(stream.block_module(index), stream.block_name(index))
     starved = [name for name, h in hessians.items() if name in experts and h.tokens < linears[name].in_features]
     if starved:
-        _fill_up(stream, index, {name: experts[name] for name in starved}, found, hidden)
+        _fill_up(stream, index, {name: experts[name] for name in starved}, found, hidden, add_up)
     return found
 
 
@@ -96,6 +105,7 @@ def _fill_up(
     starved: dict[str, tuple[Experts, int, bool]],
     found: Calibrated,
     hidden: Iterable[Tensor],
+    add_up: AddUp,
 ) -> None:
     """Hessians of the whole layer's tokens, for the gate and up projections one for all, for each down its own."""
     layer: dict[int, Hessian] = {}
@@ -112,6 +122,7 @@ def _fill_up(
                 hooks.append(experts.register_forward_pre_hook(_summing(layer[id(experts)])))
             own[name] = layer[id(experts)]
     _pass(stream, index, hidden, hooks)
+    add_up({id(prior): prior for prior in own.values()}.values())
     for name, prior in own.items():
         found.hessians[name].fill_up(prior, len(prior.sum))
         found.filled.add(name)
