@@ -61,7 +61,7 @@ def torch_dtype(name: str) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--shard-size") -> int:
     """Bytes in `5GB`, `500MB`, `2GiB` or a plain number; else InputError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     size = 0
@@ -72,7 +72,7 @@ def parse_size(text: str) -> int:
             factor = 1024 ** "KMGT".find(unit.upper()) * 1024 if unit else 0
         size = int(float(number) * factor)
     if size < 1:
-        raise InputError(f"--shard-size: got {text!r}, expected a size such as 5GB, 500MB or 2GiB")
+        raise InputError(f"{option}: got {text!r}, expected a size such as 5GB, 500MB or 2GiB")
     return size
 
 

@@ -24,16 +24,21 @@ LINES_OF_A_RUN = 10
 class Display:
     """What the user sees while a command works."""
 
-    def __init__(self) -> None:
+    def __init__(self, silent: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False)
+        self.silent = silent  # of several processes one tells how far they are
 
     def say(self, text: str) -> None:
         """One line; on a terminal it appears above a running bar."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        if not self.silent or text.startswith(("warning: ", "error: ")):
+            self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def quantizing(self) -> Iterator[Callable[[ProgressEvent], None]]:
         """Takes the events of `quantize_model`: block, linear, its relative error, elapsed time and ETA."""
+        if self.silent:
+            yield lambda _: None
+            return
         if not self.console.is_terminal:
             yield _QuantizeLines(self.say)
             return
@@ -82,13 +87,15 @@ class _QuantizeLines:
     """One line for every linear."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.started = say, time.monotonic()
+        self.say, self.started, self.known = say, time.monotonic(), 0
 
     def __call__(self, event: ProgressEvent) -> None:
         if event.linear is None:
             return
+        if event.stage == "resume":
+            self.known = event.done
         elapsed = time.monotonic() - self.started
-        left = _left(elapsed, event.done, event.total)
+        left = _left(elapsed, event.done - self.known, event.total - self.known)
         self.say(
             f"[{event.done}/{event.total}] block {event.block + 1}/{event.blocks}  {_linear(event)}  "
             f"elapsed {show_time(elapsed)}" + (f"  left {left}" if left else "")

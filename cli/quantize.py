@@ -10,11 +10,16 @@ from typing import Any
 import click
 
 from marlin_gptq import __version__
-from marlin_gptq.checkpoint import resolve_model
-from marlin_gptq.cli import failures, options
+from marlin_gptq.checkpoint import read_json, resolve_model
+from marlin_gptq.cli import failures, options, processes
 from marlin_gptq.cli.progress import Display
+from marlin_gptq.cli.resume import go_on, keeping, options_of, resumed
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
+from marlin_gptq.output_directory import LOG_FILE
+from marlin_gptq.overrides import read_overrides
+from marlin_gptq.work_directory import WorkDirectory
 
 EXAMPLES = """\b
 Examples:
@@ -22,6 +27,8 @@ Examples:
   marlin-quantize ./my-llama --wbits 4 -o my-llama-marlin --dataset texts.jsonl --group-size 64
   marlin-quantize examples/tiny-llama --wbits 4 -o tiny-marlin --dataset demo    (needs no network)
   marlin-quantize ./my-llama --wbits 4 -o my-llama-w4a16 --format compressed-tensors    (for vLLM, SGLang)
+  marlin-quantize ./my-llama -o my-llama-marlin --work-dir work     (keeps every finished block in ./work)
+  marlin-quantize --resume work                                     (goes on with that run after an interruption)
 
 Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama-2-7b-hf
 """
@@ -33,9 +40,9 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.argument("model")
+@click.argument("model", required=False)
 @click.option("--wbits", type=int, default=4, show_default=True, help="Bits per weight: 4.")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write.  [required]")
 @click.option(
     "--group-size",
     type=click.Choice(["128", "64", "32", "-1"]),
@@ -98,25 +105,82 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
 )
 @click.option("--skip", multiple=True, metavar="REGEX", help="Leave linears of such names alone; repeatable.")
 @click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.yaml",
+    help="Other settings for some linears, regular expression: {bits: 4 or 16, group_size: N, skip: true}; the first "
+    "that matches decides, 16 bits means left in full precision.",
+)
+@click.option(
     "--shard-size",
     default="1GB",
     show_default=True,
     help="Largest size of a weight file; as much waits in memory before it is written.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep every finished block in this directory, so that --resume DIR can go on after an interruption.",
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Go on with the run of a --work-dir: with the arguments it was started with, other ones are refused.",
+)
+@click.option(
+    "--spill",
+    type=click.Choice(["auto", "none", "host", "disk"]),
+    default="auto",
+    show_default=True,
+    help="Where activations wait between two blocks: on the device (none), in host memory, in a file; auto: on the "
+    "device if they fit, else in host memory.",
+)
+@click.option(
+    "--max-gpu-memory",
+    metavar="SIZE",
+    help="Take at most this much GPU memory (12GB, say), at the price of time.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Read MODEL's config only; print types and sizes of the result, and estimates of memory and time.",
+)
 @options.model_options
 @click.version_option(__version__)
-def main(**arguments: Any) -> None:
+@click.pass_context
+def main(context: click.Context, **arguments: Any) -> None:
     """Quantize MODEL (a directory or a hub id) to 4 bits and pack it for the Marlin kernel."""
-    output: Path = arguments["output"]
-    try:
-        _quantize(**arguments)
-    except KeyboardInterrupt as error:
-        kept = "; what stood there before is unchanged" if output.exists() else ""
-        raise failures.Interrupted(f"interrupted: nothing was written under {output}{kept}") from error
+    work: WorkDirectory | None = None
+    with processes.team(arguments["device"]) as team:
+        if arguments["resume"] is not None:
+            if team.leads:
+                work, arguments = resumed(context, arguments)
+            arguments = team.from_leader(arguments)
+        needed = ("model",) if arguments["dry_run"] else ("model", "output")
+        for parameter in context.command.params:
+            if parameter.name in needed and arguments[parameter.name] is None:
+                hint = "'MODEL'" if parameter.name == "model" else None
+                raise click.MissingParameter(ctx=context, param=parameter, param_hint=hint)
+        output, kept = arguments["output"], arguments.pop("resume") or arguments["work_dir"]
+        try:
+            _quantize(team, work, options_of(arguments), **arguments)
+        except KeyboardInterrupt as error:
+            rest = "; what stood there before is unchanged" if output.exists() else ""
+            rest += f"; go on with marlin-quantize --resume {kept}" if kept is not None else ""
+            raise failures.Interrupted(f"interrupted: nothing was written under {output}{rest}") from error
+        finally:
+            if work is not None:
+                work.close()
 
 
 def _quantize(
+    team: Team,
+    work: WorkDirectory | None,
+    given: dict[str, Any],
     model: str,
     output: Path,
     wbits: int,
@@ -134,15 +198,20 @@ def _quantize(
     true_sequential: bool,
     dtype: str,
     skip: tuple[str, ...],
+    config_file: Path | None,
     shard_size: str,
     overwrite: bool,
+    work_dir: Path | None,
+    spill: str,
+    max_gpu_memory: str | None,
+    dry_run: bool,
     device: str,
     revision: str | None,
     offline: bool,
     as_json: bool,
     debug: bool,
 ) -> None:
-    display = Display()
+    display = Display(silent=not team.leads)
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
     config = QuantizationConfig(
@@ -153,8 +222,35 @@ def _quantize(
         clip=not no_clip,
         true_sequential=true_sequential,
         skip=skip,
+        overrides=read_overrides(config_file) if config_file else (),
     )
+    settings = team.from_leader(work.arguments["settings"] if work is not None else None)
+    if settings is not None:
+        config = QuantizationConfig.from_dict(settings)
+        if team.from_leader(work is not None and to == "marlin" and work.finished(output)):
+            display.say(f"finished already: {output}; the work directory can be removed")
+            if as_json and team.leads:
+                click.echo(json.dumps({"model": model} | read_json(output / LOG_FILE)))
+            return
     shard_bytes = options.parse_size(shard_size)
+    limit = options.parse_size(max_gpu_memory, "--max-gpu-memory") if max_gpu_memory else None
+    place = None if spill == "auto" else spill
+    if dry_run:
+        from marlin_gptq.cli import dry_run as dry
+
+        found = dry.estimate(
+            resolve_model(model, revision=revision, offline=offline),
+            config,
+            dtype=dtype,
+            device=options.torch_device(device),
+            n_samples=n_samples if method == "gptq" else 0,
+            seq_len=seq_len,
+            shard_size=shard_bytes,
+            spill=place,
+            limit=limit,
+        )
+        click.echo(json.dumps({"model": model} | found) if as_json else dry.shown(found))
+        return
     require_free_name(output, overwrite)
 
     from marlin_gptq.calibration import DEFAULT_SEQ_LEN, sequence_length
@@ -164,7 +260,8 @@ def _quantize(
 
     options.quiet_libraries(display.say)
     half = to in HALF_SCALES and dtype == "auto"
-    where, target = options.torch_device(device), options.torch_dtype("float16" if half else dtype)
+    where = processes.own_device(options.torch_device(device))
+    target = options.torch_dtype("float16" if half else dtype)
     model_dir = resolve_model(model, revision=revision, offline=offline)
     if output.exists() and output.samefile(model_dir):
         raise InputError(f"{output}: is the model itself; give another --output")
@@ -174,32 +271,46 @@ def _quantize(
 
     samples: list[Any] = []
     calibration: dict[str, Any] = {}
-    if method == "gptq":
-        length = sequence_length(seq_len, options.context_length(model_dir))
-        if seq_len is None and length < DEFAULT_SEQ_LEN:
-            display.say(f"note: calibration documents of at most {length} tokens, the model's context")
-        samples = _read_samples(display, model_dir, dataset, n_samples, length, seed, special_tokens, offline)
-        tokens = sum(len(sample) for sample in samples)
-        calibration = {
-            "dataset": dataset, "n_samples": len(samples), "seq_len": length, "seed": seed,
-            "special_tokens": special_tokens, "tokens": tokens,
-        }  # fmt: skip
-    display.say(f"quantizing {model} on {where.type}: {method}, 4 bits, group size {group_size}")
-    place = output if to == "marlin" else staging_directory(output)
-    with display.quantizing() as progress:
-        report = quantize_model(
-            model_dir,
-            place,
-            config,
-            samples,
-            device=where,
-            dtype=target,
-            shard_size=shard_bytes,
-            overwrite=overwrite or place != output,
-            base_model=None if Path(model).is_dir() else model,
-            calibration=calibration,
-            progress=progress,
-        )
+    with keeping(work, work_dir if team.leads else None, {"options": given, "settings": config.to_dict()}) as kept:
+        if work is not None:
+            samples, calibration = go_on(work), work.arguments["calibration"]
+            display.say(f"going on with the run in {work.directory}: {len(samples)} samples as they were")
+        elif method == "gptq" and team.leads:
+            length = sequence_length(seq_len, options.context_length(model_dir))
+            if seq_len is None and length < DEFAULT_SEQ_LEN:
+                display.say(f"note: calibration documents of at most {length} tokens, the model's context")
+            samples = _read_samples(display, model_dir, dataset, n_samples, length, seed, special_tokens, offline)
+            tokens = sum(len(sample) for sample in samples)
+            calibration = {
+                "dataset": dataset, "n_samples": len(samples), "seq_len": length, "seed": seed,
+                "special_tokens": special_tokens, "tokens": tokens,
+            }  # fmt: skip
+        samples, calibration = team.from_leader((samples, calibration))
+        processes.threads_as_leader(team)
+        if kept is not None:
+            kept.arguments["calibration"] = calibration
+        into = output if to == "marlin" else staging_directory(output)
+        display.say(f"quantizing {model} on {where.type}: {method}, 4 bits, group size {group_size}")
+        with display.quantizing() as progress:
+            report = quantize_model(
+                model_dir,
+                into,
+                config,
+                samples,
+                device=where,
+                dtype=target,
+                shard_size=shard_bytes,
+                overwrite=overwrite or into != output,
+                base_model=None if Path(model).is_dir() else model,
+                calibration=calibration,
+                progress=progress,
+                work=kept,
+                spill=place,
+                max_gpu_memory=limit,
+                team=team,
+            )
+    if not team.leads:
+        return
     if to != "marlin":
         with display.counting(f"writing {to}") as counting:
             done = convert_staged(output, to, shard_size=shard_bytes, overwrite=overwrite, progress=counting)
@@ -208,6 +319,8 @@ def _quantize(
         click.echo(json.dumps({"model": model, "format": to} | report.to_dict()))
     else:
         click.echo(summary(report, to))
+    if kept is not None:
+        display.say(f"note: the work directory {kept.directory} is no longer needed")
 
 
 def require_free_name(output: Path, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -181,6 +181,14 @@ class TensorStore:
         with _opened(file) as tensors:
             return tensors.get_tensor(name)
 
+    def get_part(self, name: str, index: tuple[int | slice, ...]) -> Tensor:
+        """tensor[index] without reading the rest."""
+        file = self._file(name)
+        if file.suffix == ".bin":
+            return self._pickle(file)[name][index]
+        with _opened(file) as tensors:
+            return tensors.get_slice(name)[index]
+
     def shape(self, name: str) -> tuple[int, ...]:
         file = self._file(name)
         if file.suffix == ".bin":
@@ -305,9 +313,15 @@ class CheckpointWriter:
 
     Leaving without `finish`, by an exception or otherwise, removes the temporary directory: what stood under
     `output` before stays as it was. A full disk is a CheckpointError that says how much was asked for.
+
+    A killed process leaves its temporary directory behind. With `run`, the name of a run that may be resumed, the
+    next writer of that run removes it, and puts back what stood under `output` if it was killed between two renames.
     """
 
-    def __init__(self, output: Path, *, shard_size: int, overwrite: bool) -> None:
+    def __init__(self, output: Path, *, shard_size: int, overwrite: bool, run: str | None = None) -> None:
+        self._run = run
+        if run is not None:
+            self._tidy_up(output)
         if output.exists() and not overwrite:
             raise InputError(f"{output}: exists already; give another output or --overwrite")
         if output.exists() and not output.is_dir():
@@ -320,7 +334,7 @@ class CheckpointWriter:
         self.total_bytes = 0
         try:
             output.absolute().parent.mkdir(parents=True, exist_ok=True)
-            self.directory = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.absolute().parent))
+            self.directory = self._beside(output, "partial")
         except OSError as error:
             raise InputError(f"{output}: cannot be created there ({error.strerror})") from error
 
@@ -353,8 +367,11 @@ class CheckpointWriter:
                 with self._full_disk_named(file.stat().st_size):
                     shutil.copyfile(file, self.directory / file.name)
 
-    def finish(self) -> None:
-        """Write what waits, name the shards, and put the directory in its place in one rename."""
+    def finish(self, ready: Callable[[Path], None] | None = None) -> None:
+        """Write what waits, name the shards, and put the directory in its place in one rename.
+
+        `ready` is called with the complete directory right before that.
+        """
         self._flush()
         self._name_shards()
         # mkdtemp and safetensors make private files; the checkpoint gets the rights any new file has here.
@@ -365,13 +382,31 @@ class CheckpointWriter:
             file.chmod(0o666 & ~mask)
             _to_disk(file)
         _to_disk(self.directory)
+        if ready is not None:
+            ready(self.directory)
         if self.output.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.old-", dir=self.directory.parent))
+            old = self._beside(self.output, "old")
             self.output.rename(old / self.output.name)
             self.directory.rename(self.output)
             shutil.rmtree(old, ignore_errors=True)
         else:
             self.directory.rename(self.output)
+
+    def _beside(self, output: Path, kind: str) -> Path:
+        """A new directory in that of `output`: of the name this run always uses, if it has one."""
+        if self._run is None:
+            return Path(tempfile.mkdtemp(prefix=f".{output.name}.{kind}-", dir=output.absolute().parent))
+        made = output.absolute().parent / f".{output.name}.{kind}-{self._run}"
+        made.mkdir(mode=0o700)
+        return made
+
+    def _tidy_up(self, output: Path) -> None:
+        """After a kill: what stood under `output` back in its place, leftovers away."""
+        partial, old = (output.absolute().parent / f".{output.name}.{kind}-{self._run}" for kind in ("partial", "old"))
+        if (old / output.name).exists() and not output.exists():
+            (old / output.name).rename(output)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _flush(self) -> None:
         if not self._waiting:

@@ -16,6 +16,36 @@ MOST_REPEATS = 4
 
 
 @dataclass(frozen=True)
+class Override:
+    """Other settings for the linears whose full name `match` finds (re.search).
+
+    bits        4, or 16: they stay in full precision.
+    group_size  of those linears; None is that of the recipe.
+    """
+
+    match: str
+    bits: int = 4
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.match, str) and bool(self.match), f"overrides: got {self.match!r}, expected a regex")
+        where = f"overrides: {self.match!r}"
+        require_quick_pattern("overrides", self.match)
+        _require(
+            type(self.bits) is int and self.bits in (4, 16),
+            f"{where}: bits: got {self.bits!r}, expected 4 or 16 (left in full precision)",
+        )
+        _require(
+            self.group_size is None or (type(self.group_size) is int and self.group_size in GROUP_SIZES),
+            f"{where}: group_size: got {self.group_size!r}, expected one of 128, 64, 32 or -1 (the whole row)",
+        )
+        _require(
+            self.bits == 4 or self.group_size is None,
+            f"{where}: group_size: got {self.group_size} for linears left in full precision; leave one of the two out",
+        )
+
+
+@dataclass(frozen=True)
 class QuantizationConfig:
     """One recipe; the defaults are the preset `marlin`, the recipe of the original Marlin repository.
 
@@ -30,6 +60,7 @@ class QuantizationConfig:
     clip          search each group's clipping ratio under the Hessian.
     true_sequential  quantize a block's linears in the order of their inputs, each seeing the ones before.
     skip          regular expressions; linears whose full name matches one (re.search) stay as they are.
+    overrides     other settings for some linears; the first whose regular expression matches decides.
     """
 
     bits: int = 4
@@ -43,6 +74,7 @@ class QuantizationConfig:
     clip: bool = True
     true_sequential: bool = False
     skip: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.bits == 4, f"bits: got {self.bits}, the Marlin format holds 4-bit codes only; use 4")
@@ -79,14 +111,26 @@ class QuantizationConfig:
         object.__setattr__(self, "skip", tuple(self.skip))
         for pattern in self.skip:
             require_quick_pattern("skip", pattern)
+        _require(isinstance(self.overrides, list | tuple), f"overrides: got {self.overrides!r}, expected a list")
+        object.__setattr__(self, "overrides", tuple(map(_override, self.overrides)))
+
+    def override(self, name: str) -> Override | None:
+        """The override that decides about the linear of this full name, if one does."""
+        return next((rule for rule in self.overrides if re.search(rule.match, name)), None)
 
     def skips(self, name: str) -> bool:
         """Whether the linear of this full name (`model.layers.0.mlp.up_proj`) stays in full precision."""
-        return any(re.search(pattern, name) for pattern in self.skip)
+        rule = self.override(name)
+        return any(re.search(pattern, name) for pattern in self.skip) or (rule is not None and rule.bits == 16)
+
+    def group_size_of(self, name: str) -> int:
+        """The group size of the linear of this full name."""
+        rule = self.override(name)
+        return self.group_size if rule is None or rule.group_size is None else rule.group_size
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
-        settings = asdict(self) | {"skip": list(self.skip)}
+        settings = asdict(self) | {"skip": list(self.skip), "overrides": [asdict(rule) for rule in self.overrides]}
         return {"quant_method": QUANT_METHOD, "checkpoint_format": CHECKPOINT_FORMAT, **settings}
 
     @classmethod
@@ -102,6 +146,15 @@ class QuantizationConfig:
         _require(layout == CHECKPOINT_FORMAT, f"checkpoint_format: got {layout!r}, expected {CHECKPOINT_FORMAT!r}")
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in settings.items() if key in known})
+
+
+def _override(settings: Override | dict[str, Any]) -> Override:
+    if isinstance(settings, Override):
+        return settings
+    known = {field.name for field in fields(Override)}
+    fits = isinstance(settings, dict) and "match" in settings and set(settings) <= known
+    _require(fits, f"overrides: got {settings!r}, expected an object of {', '.join(sorted(known))}")
+    return Override(**settings)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -43,6 +43,9 @@ def model_card(report: QuantizeReport) -> str:
         rows += [(f"calibration: {key}", str(value)) for key, value in calibration.items()]
     if config.skip:
         rows.append(("left in full precision", ", ".join(f"`{pattern}`" for pattern in config.skip)))
+    for rule in config.overrides:
+        meaning = "left in full precision" if rule.bits == 16 else f"group size {rule.group_size or config.group_size}"
+        rows.append((f"`{rule.match}`", meaning))
     rows += [
         ("size of the weights", f"{report.bytes_before / 1e6:.1f} MB → {report.bytes_after / 1e6:.1f} MB"),
         ("linears quantized", str(len(report.records))),

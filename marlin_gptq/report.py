@@ -15,7 +15,8 @@ class LinearRecord:
     """What became of one linear.
 
     relative_error  squared output error over squared output under the calibration Hessian (of the weights alone for
-                    method rtn); damp_percent is what the factorisation took, 0 for rtn.
+                    method rtn); damp_percent is what the factorisation took, 0 for rtn; tokens are those of the
+                    calibration text that reached the linear (of an expert: that were routed to it), 0 for rtn.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LinearRecord:
     scale_mean: float
     scale_max: float
     seconds: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,13 @@ class QuantizeReport:
 
 
 def linear_record(
-    name: str, block: int, weight: QuantizedWeight, error: float, damp_percent: float, seconds: float
+    name: str,
+    block: int,
+    weight: QuantizedWeight,
+    error: float,
+    damp_percent: float,
+    seconds: float,
+    tokens: int,
 ) -> LinearRecord:
     """The record of a quantized linear, with the statistics of its scales."""
     out_features, in_features = weight.codes.shape
@@ -97,4 +105,5 @@ def linear_record(
         scale_mean=float(scales.mean()),
         scale_max=float(scales.max()),
         seconds=seconds,
+        tokens=tokens,
     )

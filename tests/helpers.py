@@ -69,3 +69,13 @@ def random_samples(count: int, vocabulary: int = 96, seed: int = 0, longest: int
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, longest + 1, (count,), generator=generator)
     return [torch.randint(0, vocabulary, (int(length),), generator=generator) for length in lengths]
+
+
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 128, "num_experts": 4}
+# What each mixture-of-experts architecture needs beside `tiny_config`.
+EXPERT_MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
+    "qwen2_moe": MOE | {"shared_expert_intermediate_size": 128, "decoder_sparse_step": 1},
+    "qwen3_moe": MOE | {"head_dim": 32},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
+}

@@ -116,7 +116,8 @@ def test_group_sizes_that_do_not_divide_name_the_layer(tmp_path: Path) -> None:
     ("architecture", "changes", "message"),
     [
         ("gpt2", {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 96}, "Conv1D parameter"),
-        ("mixtral", {"num_local_experts": 2}, "MixtralForCausalLM: not understood: its files hold .*experts"),
+        ("gpt_oss", {"num_local_experts": 2, "head_dim": 32}, "experts of a GptOssExperts are not .*has_bias"),
+        ("granitemoe", {"num_local_experts": 2}, "GraniteMoeForCausalLM: not understood: its files hold"),
     ],
 )
 def test_other_architectures_stop_by_name(tmp_path: Path, architecture: str, changes: dict, message: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from foreign import LINEARS, Plain, change_config, change_tensors, dense_model, save_foreign
 from helpers import random_samples, save_tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import marlin_gptq
 from marlin_gptq import (
@@ -451,3 +452,15 @@ def test_zero_points_of_old_compressed_tensors(tmp_path: Path) -> None:
     change_tensors(tmp_path / "plain", {f"{Q}.weight_zero_point": torch.full((128, 4), 9, dtype=torch.int8)})
     with pytest.raises(CheckpointError, match=r"weight_zero_point: got 9 to 9, expected -8 to 7"):
         convert(tmp_path / "plain", "marlin")
+
+
+def test_groups_of_several_sizes_load_and_are_refused_elsewhere(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    config = QuantizationConfig(method="rtn", overrides=({"match": r"down_proj$", "group_size": 64},))
+    quantize_model(base, tmp_path / "mixed", config, [], device=torch.device("cpu"))
+    loaded = marlin_gptq.load(tmp_path / "mixed")
+    assert loaded.get_submodule("model.layers.0.mlp.down_proj").group_size == 64
+    assert torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")))
+    with pytest.raises(InputError, match=r"down_proj: GPTQ.* cannot hold groups of 64 beside groups of 128"):
+        marlin_gptq.convert_checkpoint(tmp_path / "mixed", tmp_path / "out", "gptq")
+    assert not (tmp_path / "out").exists()

@@ -163,6 +163,8 @@ def _require_held(source: Source, found: Survey, target: Layout) -> torch.dtype:
     stored = torch.float16 if target.format in HALF_SCALES else found.scale_dtype
     for name in source.linears:
         linear = source.linear(name, with_codes=False)
+        if source.own is None or target.format != "marlin":
+            require_one_size(name, linear.weight.group_size, target)
         reason = refusal(linear, target, *source.architecture.shapes[name])
         if reason:
             raise InputError(f"{name}: {target.title} cannot hold {reason}")
@@ -172,6 +174,15 @@ def _require_held(source: Source, found: Survey, target: Layout) -> torch.dtype:
                 "float16; compressed-tensors and marlin keep them"
             )
     return stored
+
+
+def require_one_size(name: str, group_size: int, target: Layout) -> None:
+    """InputError for groups of another size than the rest, which only a Marlin directory of ours records."""
+    if group_size != target.group_size:
+        raise InputError(
+            f"{name}: {target.title} cannot hold groups of {group_size} beside groups of {target.group_size}: it has one "
+            "size for all linears; quantize again without the override, or keep the Marlin directory"
+        )
 
 
 def _with_dtype(linear: StoredLinear, dtype: torch.dtype) -> StoredLinear:

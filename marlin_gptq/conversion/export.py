@@ -14,7 +14,14 @@ import torch
 
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import QuantizationConfig
-from marlin_gptq.conversion.convert import HALF_SCALES, ConversionReport, Progress, convert_checkpoint, engine_warnings
+from marlin_gptq.conversion.convert import (
+    HALF_SCALES,
+    ConversionReport,
+    Progress,
+    convert_checkpoint,
+    engine_warnings,
+    require_one_size,
+)
 from marlin_gptq.conversion.settings import Layout
 from marlin_gptq.conversion.source import architecture
 from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError
@@ -33,6 +40,9 @@ def require_exportable(model_dir: Path, config: QuantizationConfig, to: str, dty
     shapes = {name: shape for name, shape in found.shapes.items() if found.in_blocks(name)}
     kept = tuple(name for name in shapes if config.skips(name))
     quantized = {name: shape for name, shape in shapes.items() if name not in kept}
+    target = Layout(to, config.group_size, True)
+    for name in quantized:
+        require_one_size(name, config.group_size_of(name), target)
     if to in HALF_SCALES:
         for name, (n, k) in quantized.items():
             if n % 8 or k % 8:
@@ -40,7 +50,7 @@ def require_exportable(model_dir: Path, config: QuantizationConfig, to: str, dty
                     f"{name}: {to} cannot hold its shape [{n}, {k}]: words hold 8 values; --skip it, or use --format "
                     "compressed-tensors"
                 )
-    return engine_warnings(quantized, kept, Layout(to, config.group_size, True), found.config)
+    return engine_warnings(quantized, kept, target, found.config)
 
 
 def staging_directory(output: Path) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ class Source:
             raise InputError(f"{directory}: {error}") from error
         return cls(directory, TensorStore(directory), settings, layout)
 
-    @property
+    @cached_property
     def own(self) -> QuantizationConfig | None:
         """The settings, where they are ours."""
         return QuantizationConfig.from_dict(self.settings) if self.layout.format == "marlin" else None
@@ -160,7 +161,10 @@ class Source:
 
     def linear(self, name: str, *, with_codes: bool = True) -> StoredLinear:
         """The quantized linear of this full name; zero points that are all 8 are None."""
-        linear = read_linear(self.store, self.layout, name, *self.architecture.shapes[name], with_codes=with_codes)
+        layout = self.layout
+        if self.own is not None:
+            layout = replace(layout, group_size=self.own.group_size_of(name))
+        linear = read_linear(self.store, layout, name, *self.architecture.shapes[name], with_codes=with_codes)
         zeros = linear.weight.zeros
         if zeros is not None and bool((zeros == ZERO_CODE).all()):
             weight = linear.weight

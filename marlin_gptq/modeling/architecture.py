@@ -11,8 +11,11 @@ from torch import nn
 from marlin_gptq.checkpoint import read_json
 from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import InputError, QuantizationError
+from marlin_gptq.modeling.experts import routing_modules, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.quantization.weight import columns_per_group
+
+_FINITE_AT_ONCE = 1 << 24
 
 
 def read_config(model_dir: Path) -> Any:
@@ -79,11 +82,14 @@ def block_linears(block: nn.Module, prefix: str, skip: QuantizationConfig | None
     """Linears of a block by full name, in the order of their definition, without those the config skips.
 
     Raises InputError for a matrix that belongs to no nn.Linear (fused experts, Conv1D, …): it would silently stay
-    in full precision.
+    in full precision. Routers of experts stay in full precision: a few rows that decide about everything.
     """
     found: dict[str, nn.Linear] = {}
+    routing = routing_modules(block)
     for name, module in block.named_modules():
         full = f"{prefix}.{name}" if name else prefix
+        if name in routing:
+            continue
         if isinstance(module, nn.Linear):
             if skip is None or not skip.skips(full):
                 found[full] = module
@@ -97,9 +103,17 @@ def block_linears(block: nn.Module, prefix: str, skip: QuantizationConfig | None
     return found
 
 
-def require_divisible(linears: dict[str, nn.Linear], group_size: int) -> None:
-    """InputError naming the first linear whose in_features the group size does not divide."""
+def linear_names(block: nn.Module, prefix: str) -> list[str]:
+    """Full names of all linears of a block that could be quantized."""
+    routing = routing_modules(block)
+    named = block.named_modules()
+    return [f"{prefix}.{name}" for name, module in named if isinstance(module, nn.Linear) and name not in routing]
+
+
+def require_divisible(linears: dict[str, nn.Linear], settings: int | QuantizationConfig) -> None:
+    """InputError naming the first linear whose in_features its group size (one for all, or by name) does not divide."""
     for name, linear in linears.items():
+        group_size = settings if isinstance(settings, int) else settings.group_size_of(name)
         try:
             columns_per_group(linear.in_features, group_size)
         except ValueError as error:
@@ -117,16 +131,17 @@ def replace_linears(model: nn.Module, config: Any, settings: QuantizationConfig,
 
     Scales and biases are of `dtype`; the new layers live on the device of the old ones (normally meta).
     """
+    separate_experts(model, config)
     prefix, blocks = decoder_blocks(model, config)
     replaced = []
     for index, block in enumerate(blocks):
         linears = block_linears(block, f"{prefix}.{index}", settings)
-        require_divisible(linears, settings.group_size)
+        require_divisible(linears, settings)
         for name, linear in linears.items():
             layer = MarlinLinear(
                 linear.in_features,
                 linear.out_features,
-                settings.group_size,
+                settings.group_size_of(name),
                 bias=linear.bias is not None,
                 symmetric=settings.sym,
                 act_order=settings.desc_act,
@@ -146,6 +161,8 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def require_finite(name: str, tensor: torch.Tensor, hint: str) -> None:
     """QuantizationError naming the tensor if it holds NaN or Inf."""
-    if not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
+    # In pieces: the check takes five bytes a value, which of a large embedding table would be gigabytes.
+    pieces = tensor.reshape(-1).split(_FINITE_AT_ONCE)
+    if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
+        bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
         raise QuantizationError(f"{name}: {bad} of {tensor.numel()} values are NaN or Inf; {hint}")

@@ -29,6 +29,7 @@ from marlin_gptq.modeling.architecture import (
     replace_linears,
     require_finite,
 )
+from marlin_gptq.modeling.experts import file_name, fused_source, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -91,6 +92,7 @@ class BlockStream:
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         self.model.eval().requires_grad_(False)
+        separate_experts(self.model, self.config)
         self.prefix, real = decoder_blocks(self.model, self.config)
         if self.settings is not None:
             replace_linears(self.model, self.config, self.settings, self.stored_dtype)
@@ -147,7 +149,7 @@ class BlockStream:
                 layer.hold_dense(False)
                 layer.restore_stored_layout()
             _release(block)
-            _return_free_memory()
+            return_free_memory()
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor) -> Tensor:
@@ -239,11 +241,18 @@ class BlockStream:
                 if (name := f"{prefix}.{own}") in self.store:
                     yield name, parameter.numel()
 
+    def file_name(self, name: str) -> str:
+        """What checkpoint files call the tensor that the model calls `name`."""
+        return file_name(name, self.config)
+
     def unknown_tensors(self) -> list[str]:
         """Names in the files that the architecture has no place for (rotary tables of old checkpoints aside)."""
-        known = {
-            f"{self.block_name(i)}.{name}" for i, block in enumerate(self._blocks) for name, _ in _persistent(block)
-        }
+        known: set[str] = set()
+        for index, block in enumerate(self._blocks):
+            for name, tensor in _persistent(block):
+                full = f"{self.block_name(index)}.{name}"
+                fused = fused_source(full, self.config, tensor.shape[0])
+                known |= {full, self.file_name(full)} | ({fused[0], self.file_name(fused[0])} if fused else set())
         known |= {f"{prefix}.{own}" for prefix, module in self._outer_modules(None) for own in module._parameters}
         return sorted(name for name in set(self.store.names) - known if not name.endswith("rotary_emb.inv_freq"))
 
@@ -271,7 +280,8 @@ class BlockStream:
                         setattr(module, own, self._read(f"{full}.{own}", buffer))
 
     def _read(self, name: str, like: Tensor) -> Tensor:
-        tensor = self.store.get(self._stored_name(name))
+        stored, part = self._source(name, like)
+        tensor = self.store.get(stored) if part is None else self.store.get_part(stored, part)
         if tensor.shape != like.shape:
             raise CheckpointError(f"{name}: got {list(tensor.shape)}, expected {list(like.shape)} from config.json")
         if tensor.is_floating_point() != like.is_floating_point():
@@ -282,10 +292,19 @@ class BlockStream:
             require_finite(name, moved, "float16 overflows; use --dtype bfloat16")
         return moved
 
+    def _source(self, name: str, like: Tensor) -> tuple[str, tuple[int, slice] | None]:
+        """(tensor in the files, part of it or None for all): files may hold the experts of a layer in one tensor."""
+        fused = None if name in self.store else fused_source(name, self.config, like.shape[0])
+        for stored in (fused[0], self.file_name(fused[0])) if fused else ():
+            if stored in self.store:
+                return stored, fused[1] if fused else None
+        return self._stored_name(name), None
+
     def _stored_name(self, name: str) -> str:
-        """Tied weights stand in the file under one name only."""
-        if name in self.store:
-            return name
+        """Files may use another name, and tied weights stand in them under one name only."""
+        for stored in (name, self.file_name(name)):
+            if stored in self.store:
+                return stored
         source = self._tied.get(name)
         if source is not None and source in self.store:
             return source
@@ -317,11 +336,17 @@ class BlockStream:
                 self._require_shape(f"{prefix}.{own}", parameter)
 
     def _require_shape(self, name: str, like: Tensor) -> None:
-        shape = list(self.store.shape(self._stored_name(name)))
+        stored, part = self._source(name, like)
+        shape = list(self.store.shape(stored))
+        if part is not None:
+            experts, rows, columns = shape
+            if part[0] >= experts:
+                raise CheckpointError(f"{stored}: holds {experts} experts, config.json names more ({name})")
+            shape = [len(range(*part[1].indices(rows))), columns]
         if shape != list(like.shape):
             hint = ""
             if name.endswith(".scales") and self.settings is not None:
-                hint = f" and group_size {self.settings.group_size}"
+                hint = f" and group_size {self.settings.group_size_of(name.removesuffix('.scales'))}"
             raise CheckpointError(f"{name}: got {shape}, expected {list(like.shape)} from config.json{hint}")
 
     def _move_buffers(self) -> None:
@@ -363,7 +388,7 @@ def _release(root: nn.Module) -> None:
                 module._buffers[own] = buffer.to("meta")
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Give freed host memory back to the system: glibc keeps what lies between live allocations, and a little more of
     it stays with every block (peak memory 218 MB higher for 20 more blocks of 8 MB, 5 to 57 MB with this)."""
     trim = getattr(_C_LIBRARY, "malloc_trim", None)  # glibc only

@@ -20,6 +20,7 @@ from marlin_gptq.checkpoint import require_inside
 from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.modeling.architecture import replace_linears
+from marlin_gptq.modeling.experts import Experts, file_name
 from marlin_gptq.modeling.fused import fuse_projections
 from marlin_gptq.modeling.linear import MarlinLinear, prepare_for_device
 
@@ -49,11 +50,13 @@ class MarlinGPTQQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: MarlinGPTQConfig
+    _separated = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config: Any = model.config
         dtype: Any = model.dtype
         names = replace_linears(model, config, self.quantization_config.settings, dtype)
+        self._separated = any(isinstance(module, Experts) for module in model.modules())
         files = [Path(file) for file in kwargs.get("checkpoint_files") or [] if str(file).endswith(".safetensors")]
         if files:
             _require_tensors(model, names, files)
@@ -65,6 +68,17 @@ class MarlinGPTQQuantizer(HfQuantizer):
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # what the separate projections took
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+        """Without those that fuse the experts of a layer into one tensor: here each is a module of its own.
+
+        `model` is not given by transformers 5.17, which asks after the layers have been put in place as well.
+        """
+        if not self._separated:
+            return weight_conversions
+        fused = ("experts.gate_up_proj", "experts.down_proj")
+        kept = [c for c in weight_conversions if not any(str(t).endswith(fused) for t in _targets(c))]
+        return kept
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """float32 is refused by name: the kernel computes in the dtype of the scales."""
@@ -84,6 +98,11 @@ class MarlinGPTQQuantizer(HfQuantizer):
         return True
 
 
+def _targets(conversion: Any) -> list[str]:
+    targets = getattr(conversion, "target_patterns", [])
+    return [targets] if isinstance(targets, str) else list(targets)
+
+
 def _require_tensors(model: nn.Module, names: list[str], files: list[Path]) -> None:
     """CheckpointError for a quantized tensor that is missing or misshaped, which transformers would initialise."""
     shapes: dict[str, tuple[list[int], Path]] = {}
@@ -101,7 +120,7 @@ def _require_tensors(model: nn.Module, names: list[str], files: list[Path]) -> N
         layer = model.get_submodule(name)
         assert isinstance(layer, MarlinLinear)
         for own, buffer in layer.named_buffers():
-            key = f"{name}.{own}"
+            key = file_name(f"{name}.{own}", model.config)
             if key not in shapes:
                 raise CheckpointError(f"{key}: missing from {files[0].parent}; fetch or make the checkpoint again")
             if shapes[key][0] != list(buffer.shape):

@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from marlin_gptq.errors import InputError
 from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.modeling.experts import Experts, expert_lists
 from marlin_gptq.quantization.hessian import Hessian
 
+Groups = list[list[str]]
+AddUp = Callable[[Iterable[Hessian]], None]
 
-def shared_inputs(stream: BlockStream, index: int, linears: dict[str, nn.Linear], hidden: Tensor) -> list[list[str]]:
+
+@dataclass
+class Calibrated:
+    """Hessians of one pass, keyed by the first linear of each group.
+
+    tokens  how many reached each group.
+    filled  the experts' groups that saw fewer tokens than they have input features, and whose Hessian was filled up.
+    """
+
+    hessians: dict[str, Hessian]
+    tokens: dict[str, int] = field(default_factory=dict)
+    filled: set[str] = field(default_factory=set)
+
+
+def stages(stream: BlockStream, index: int, linears: dict[str, nn.Linear], hidden: Tensor) -> list[Groups]:
+    """The linears in the order they run, as stages of groups: a group shares its input, a stage needs the ones before.
+
+    One forward finds out, so no architecture's names are written down. Which experts run depends on the sample:
+    theirs are grouped by what they are, all gate and up projections in one stage, all down projections in the next.
+    """
+    experts = _expert_groups(stream.block_module(index), stream.block_name(index), linears)
+    routed = {name for groups in experts for group in groups for name in group}
+    dense = {name: linear for name, linear in linears.items() if name not in routed}
+    shared = shared_inputs(stream, index, dense, hidden) if dense else []
+    return [[group] for group in shared] + [groups for groups in experts if groups]
+
+
+def shared_inputs(stream: BlockStream, index: int, linears: dict[str, nn.Linear], hidden: Tensor) -> Groups:
     """The linears in the order they run, those fed by the very same tensor together (q/k/v, gate/up).
 
-    One forward finds out, so no architecture's names are written down. InputError for a linear that never runs.
+    InputError for a linear that never runs.
     """
     seen: list[tuple[Tensor, list[str]]] = []  # the tensors are kept, so none is taken for another
 
@@ -44,21 +75,90 @@ def shared_inputs(stream: BlockStream, index: int, linears: dict[str, nn.Linear]
 def collect_hessians(
     stream: BlockStream,
     index: int,
-    groups: list[list[str]],
+    groups: Groups,
     linears: dict[str, nn.Linear],
-    hidden: list[Tensor],
-) -> dict[str, Hessian]:
-    """Run all samples through the block and sum one Hessian per group, keyed by its first linear."""
+    hidden: Iterable[Tensor],
+    add_up: AddUp = lambda _: None,
+) -> Calibrated:
+    """Run all samples through the block and sum one Hessian per group.
+
+    add_up  sums Hessians over the processes of a run, each of which has samples of its own.
+
+    An expert that fewer tokens reached than it has input features has a singular Hessian, or none. A second pass then
+    takes all tokens of its layer through it, and they fill the Hessian up to as many tokens as there are features.
+    """
     hessians = {group[0]: Hessian(linears[group[0]].in_features, stream.device) for group in groups}
+    hooks = [linears[name].register_forward_pre_hook(_summing(hessian)) for name, hessian in hessians.items()]
+    _pass(stream, index, hidden, hooks)
+    add_up(hessians.values())
+    found = Calibrated(hessians, {name: hessian.tokens for name, hessian in hessians.items()})
+    experts = _experts_of(stream.block_module(index), stream.block_name(index))
+    starved = [name for name, h in hessians.items() if name in experts and h.tokens < linears[name].in_features]
+    if starved:
+        _fill_up(stream, index, {name: experts[name] for name in starved}, found, hidden, add_up)
+    return found
 
-    def summing(hessian: Hessian) -> Callable[[nn.Module, tuple], None]:
-        return lambda _, args: hessian.add(args[0])
 
-    hooks = [linears[name].register_forward_pre_hook(summing(hessian)) for name, hessian in hessians.items()]
+def _fill_up(
+    stream: BlockStream,
+    index: int,
+    starved: dict[str, tuple[Experts, int, bool]],
+    found: Calibrated,
+    hidden: Iterable[Tensor],
+    add_up: AddUp,
+) -> None:
+    """Hessians of the whole layer's tokens, for the gate and up projections one for all, for each down its own."""
+    layer: dict[int, Hessian] = {}
+    own: dict[str, Hessian] = {}
+    hooks = []
+    for name, (experts, number, down) in starved.items():
+        features = found.hessians[name].sum.shape[0]
+        if down:
+            own[name] = Hessian(features, stream.device)
+            hooks.append(experts.register_forward_pre_hook(_summing(own[name], experts[number].inner)))
+        else:
+            if id(experts) not in layer:
+                layer[id(experts)] = Hessian(features, stream.device)
+                hooks.append(experts.register_forward_pre_hook(_summing(layer[id(experts)])))
+            own[name] = layer[id(experts)]
+    _pass(stream, index, hidden, hooks)
+    add_up({id(prior): prior for prior in own.values()}.values())
+    for name, prior in own.items():
+        found.hessians[name].fill_up(prior, len(prior.sum))
+        found.filled.add(name)
+
+
+def _summing(hessian: Hessian, image: Callable[[Tensor], Tensor] | None = None) -> Callable[[nn.Module, tuple], None]:
+    return lambda _, args: hessian.add(args[0] if image is None else image(args[0]))
+
+
+def _pass(stream: BlockStream, index: int, hidden: Iterable[Tensor], hooks: list) -> None:
     try:
         for sample in hidden:
             stream.run(index, sample.to(stream.device))
     finally:
         for hook in hooks:
             hook.remove()
-    return hessians
+
+
+def _experts_of(block: nn.Module, prefix: str) -> dict[str, tuple[Experts, int, bool]]:
+    """Full name of every expert's linear → its list, its number, whether it is the down projection."""
+    return {
+        f"{prefix}.{name}.{number}.{own}": (experts, number, own == experts[number].names[2])
+        for name, experts in expert_lists(block).items()
+        for number in range(len(experts))
+        for own in experts[number].names
+    }
+
+
+def _expert_groups(block: nn.Module, prefix: str, linears: dict[str, nn.Linear]) -> tuple[Groups, Groups]:
+    """(gate and up of each expert, down of each expert), as far as they are among `linears`."""
+    pairs: dict[tuple[int, int], list[str]] = {}
+    downs: Groups = []
+    for name, (experts, number, down) in _experts_of(block, prefix).items():
+        if name in linears:
+            if down:
+                downs.append([name])
+            else:
+                pairs.setdefault((id(experts), number), []).append(name)
+    return list(pairs.values()), downs

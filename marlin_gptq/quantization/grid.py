@@ -14,7 +14,7 @@ from marlin_gptq.quantization.weight import round_to_codes
 # p = 1, 0.99, …, 0.25, as the original Marlin repository searches.
 CLIP_RATIOS = tuple(round(1 - 0.01 * step, 2) for step in range(76))
 # Scratch of the search: rows × columns × ratios tried at once, in elements of float32 (64 MiB).
-_SCRATCH_ELEMENTS = 1 << 24
+SCRATCH_ELEMENTS = 1 << 24
 
 
 def full_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,7 +49,7 @@ def clipped_scale(weight: Tensor, upper: Tensor, dtype: torch.dtype) -> Tensor:
 
     best_error = torch.full((rows, 1), torch.inf, device=weight.device)
     best_scale = stored_scale(full, dtype)
-    at_once = max(1, _SCRATCH_ELEMENTS // max(1, rows * columns))
+    at_once = max(1, SCRATCH_ELEMENTS // max(1, rows * columns))
     for chunk in ratios.split(at_once):
         scales = stored_scale(full * chunk, dtype).t().unsqueeze(-1)  # [ratios, rows, 1]
         codes = round_to_codes(weight, scales)

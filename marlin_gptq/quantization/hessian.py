@@ -27,6 +27,18 @@ class Hessian:
         self.sum.addmm_(vectors.t(), vectors, alpha=2.0)
         self.tokens += vectors.shape[0]
 
+    def fill_up(self, prior: Hessian, tokens: int) -> None:
+        """Make up for the tokens missing to `tokens` with as many average ones of `prior`.
+
+        H = (n·H + (tokens − n)·H_prior) / tokens for n < tokens: shrinkage of a covariance that too few vectors
+        determine towards one that many do (Ledoit and Wolf, "A well-conditioned estimator for large-dimensional
+        covariance matrices", 2004), here with a fixed weight.
+        """
+        missing = tokens - self.tokens
+        if missing > 0:
+            self.sum += prior.mean() * missing
+            self.tokens = tokens
+
     def mean(self) -> Tensor:
         """H, normalised by tokens. ValueError if no token has been seen."""
         if self.tokens == 0:

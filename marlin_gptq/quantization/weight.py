@@ -35,6 +35,19 @@ class QuantizedWeight:
         return QuantizedWeight(self.codes[start:stop], self.scales[start:stop], zeros, self.group_size)
 
 
+def join_rows(parts: list[QuantizedWeight]) -> QuantizedWeight:
+    """Weights of the same inputs and groups as one, their output features one after the other: inverse of `rows`."""
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return QuantizedWeight(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(zeros) if zeros else None,
+        parts[0].group_size,
+    )
+
+
 def columns_per_group(in_features: int, group_size: int) -> int:
     """Input features that share a scale; ValueError if the groups do not fill the row."""
     if group_size == -1:

@@ -1,0 +1,144 @@
+"""--dry-run: what a run would make and take, from config.json alone."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlin_gptq.checkpoint import read_json
+from marlin_gptq.cli.options import context_length, show_size, show_time
+from marlin_gptq.config import QuantizationConfig
+
+if TYPE_CHECKING:
+    import torch
+
+# The documents of the usual calibration texts have about this many tokens on average.
+MEAN_TOKENS = 1000
+TIMED_SECONDS = 0.1
+
+
+def estimate(
+    model_dir: Path,
+    config: QuantizationConfig,
+    *,
+    dtype: str,
+    device: torch.device,
+    n_samples: int,
+    seq_len: int | None,
+    shard_size: int,
+    spill: str | None,
+    limit: int | None,
+) -> dict[str, Any]:
+    """Plain JSON: tensors of the result, bytes, seconds, and the plan. Host memory includes what this process holds.
+
+    Without a GPU here, GPU memory is estimated all the same. InputError where the model cannot be quantized as asked,
+    or not within the limit.
+    """
+    from marlin_gptq.calibration import sequence_length
+    from marlin_gptq.estimates import Job, Plan, memory, memory_on_cpu, plan_within, seconds, stored_tensors
+    from marlin_gptq.modeling.outline import outline
+
+    made = outline(model_dir, config)
+    longest = sequence_length(seq_len, context_length(model_dir)) if n_samples else 0
+    tokens = n_samples * min(longest, MEAN_TOKENS)
+    stored = dtype if dtype != "auto" else _stored_dtype(model_dir)
+    tensors = [
+        {"name": name, "type": kind, "shape": list(shape), "bytes": size}
+        for name, kind, shape, size in stored_tensors(made, stored)
+    ]
+
+    def job(compute_bytes: int) -> Job:
+        return Job(tokens, longest, compute_bytes, shard_size, config.clip, config.true_sequential)
+
+    plan = Plan("device" if spill in (None, "none") else spill)
+    if limit is not None:
+        plan = plan_within(made, job(2), limit, spill)
+    gpu = memory(made, job(2), plan)
+    here = resident_bytes()
+    on_cpu = memory_on_cpu(made, job(4), Plan("disk" if spill == "disk" else "device"))
+    cuda = device.type == "cuda"
+    return {
+        "tensors": tensors,
+        "output_bytes": sum(entry["bytes"] for entry in tensors),
+        "calibration_tokens": tokens,
+        "longest_sample": longest,
+        "device": device.type,
+        "peak_gpu_bytes": gpu.device,
+        "peak_gpu_phase": gpu.phase,
+        "peak_host_bytes": here + (2 * gpu.host if cuda else on_cpu),
+        "host_bytes_now": here,
+        "seconds": seconds(made, job(2 if cuda else 4), *rates(device)),
+        "plan": {"place": plan.place, "hessian_bytes": plan.hessian_bytes, "rows": plan.rows},
+    }
+
+
+def shown(found: dict[str, Any]) -> str:
+    """The estimate for people: tensors that differ by their block or expert only share a line."""
+    kinds: dict[tuple[str, str, str], list[int]] = {}
+    for entry in found["tensors"]:
+        name = re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", entry["name"]))
+        kinds.setdefault((name, str(entry["shape"]), entry["type"]), []).append(entry["bytes"])
+    width = max(len(name) for name, _, _ in kinds)
+    lines = [
+        f"{name:{width}}  {shape:18} {kind:16} {len(sizes):5} x {show_size(sizes[0])}"
+        for (name, shape, kind), sizes in kinds.items()
+    ]
+    plan, cuda = found["plan"], found["device"] == "cuda"
+    lines += [
+        "",
+        f"result       {show_size(found['output_bytes'])} in {len(found['tensors'])} tensors",
+        f"calibration  {found['calibration_tokens']} tokens (documents of {MEAN_TOKENS} on average), the longest "
+        f"{found['longest_sample']}",
+        f"GPU memory   {show_size(found['peak_gpu_bytes'])}, at its peak in the {found['peak_gpu_phase']} phase"
+        + ("" if cuda else " (if it ran on a GPU)"),
+        f"host memory  {show_size(found['peak_host_bytes'])}, {show_size(found['host_bytes_now'])} of it taken already",
+        f"time         about {show_time(found['seconds'])} on this {found['device']}, loading and saving aside",
+        f"plan         activations in {plan['place']} memory"
+        + (f", {plan['rows']} rows at once" if plan["rows"] else "")
+        + (", Hessians in several passes" if plan["hessian_bytes"] else ""),
+    ]
+    return "\n".join(lines)
+
+
+def rates(device: torch.device) -> tuple[float, float]:
+    """(multiplications of a matrix product, weights tried at one clipping ratio) per second, timed for a moment."""
+    import torch
+
+    from marlin_gptq.quantization.grid import CLIP_RATIOS, clipped_scale
+
+    cuda = device.type == "cuda"
+    size, dtype = (4096, torch.bfloat16) if cuda else (512, torch.float32)
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    weight = torch.ones(4096 if cuda else 256, 128, device=device)
+    upper = torch.eye(128, device=device)
+    products = _calls_per_second(lambda: (matrix @ matrix)[0, 0]) * size**3
+    clipped = _calls_per_second(lambda: clipped_scale(weight, upper, torch.float16)[0, 0])
+    return products, clipped * weight.numel() * len(CLIP_RATIOS)
+
+
+def _calls_per_second(call: Callable[[], torch.Tensor]) -> float:
+    float(call())  # warms up
+    started, calls = time.perf_counter(), 0
+    while time.perf_counter() - started < TIMED_SECONDS:
+        float(call())
+        calls += 1
+    return calls / (time.perf_counter() - started)
+
+
+def resident_bytes() -> int:
+    """Host memory of this process now; 0 where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text("utf-8")
+    except OSError:
+        return 0
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _stored_dtype(model_dir: Path) -> str:
+    config = read_json(model_dir / "config.json")
+    named = config.get("dtype") or config.get("torch_dtype")
+    return named if named in ("float16", "bfloat16") else "float16"

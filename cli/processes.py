@@ -1,0 +1,61 @@
+"""Several processes started by torchrun or accelerate: who this one is, from their environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from marlin_gptq.distributed import Team
+from marlin_gptq.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def team(device: str) -> Iterator[Team]:
+    """The processes that torchrun started with this one, or a team of one; `device` decides between nccl and gloo."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Team()
+        return
+    import torch
+    import torch.distributed as dist
+
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if cuda:
+        torch.cuda.set_device(_local_rank())
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Team(dist.get_rank(), size)
+    finally:
+        dist.destroy_process_group()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The GPU of this process: that of its number on its machine. InputError if there are fewer."""
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    import torch
+
+    return torch.device("cuda", _local_rank())
+
+
+def threads_as_leader(team: Team) -> None:
+    """On a CPU, sums depend on the number of threads by a bit: all processes use as many as the first."""
+    import torch
+
+    threads = team.from_leader(torch.get_num_threads())
+    if threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+
+def _local_rank() -> int:
+    import torch
+
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= gpus:
+        raise InputError(f"--nproc-per-node: process {rank + 1} found {gpus} GPUs; start at most as many as there are")
+    return rank

@@ -1,0 +1,245 @@
+"""What a run will take, before it is started: size of the result, memory, time. Pure functions of an `Outline`.
+
+Memory is the largest of a run's phases, each the sum of what is then alive; the terms follow pipeline.py line by line:
+
+    embed      embedding table + activations
+    forward    block + Hessians being summed + what the longest sample needs on its way through the block
+    factor     block + Hessians + the matrices that one factorisation works on
+    solve      block + Hessians + factor + copies of one stacked weight + scratch of the clipping search
+
+docs/benchmarks.md compares them with measured runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+from marlin_gptq.errors import InputError
+from marlin_gptq.modeling.linear import padded_features
+from marlin_gptq.modeling.outline import BlockOutline, LinearOutline, Outline
+from marlin_gptq.quantization.grid import CLIP_RATIOS, SCRATCH_ELEMENTS
+from marlin_gptq.quantization.weight import columns_per_group
+
+# Measured on a CPU, in float32 copies of what they work on (memory at the peak less memory before):
+FACTOR_MATRICES = 7.5  # Hessians: mean, damped, flipped, the Cholesky factor, operands of the triangular solve
+SOLVE_WEIGHTS = 3.3  # weights: stacked, compensated, codes, trailing update
+CLIP_SCRATCH = 5.5  # scratch of the clipping search: scaled values, codes, differences, their image and its square
+JUDGE_WEIGHTS = 6  # one linear's weight: dequantized, difference, image, their product in float64
+# Values per token and channel alive in a block's forward: residual, norm, attention's operands and result; gate, up,
+# their product.
+FORWARD_HIDDEN, FORWARD_INNER = 6, 3
+# Measured time over what `seconds` counts: five runs on a CPU took 1.13 to 1.39 of it.
+OTHER_WORK = 1.25
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of a run.
+
+    tokens, longest  calibration tokens in all and of the longest sample; 0 for method rtn.
+    compute_bytes    per value in the forward: 2 on a GPU, 4 elsewhere.
+    stored_bytes     per 16-bit value of the result: 2.
+    shard_size       output that waits in host memory, in bytes.
+    """
+
+    tokens: int
+    longest: int
+    compute_bytes: int
+    shard_size: int
+    clip: bool = True
+    true_sequential: bool = False
+    stored_bytes: int = 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run keeps within its memory.
+
+    place         where activations wait between two blocks: device, host or disk.
+    hessian_bytes of Hessians summed in one pass through a block; None is all of them. Less means more passes.
+    rows          of a stacked weight solved at once; None is all of them.
+    """
+
+    place: str = "device"
+    hessian_bytes: int | None = None
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes on the device, and of what waits in host memory; phase and block of the device's peak."""
+
+    device: int
+    host: int
+    phase: str
+    block: int
+
+
+def stored_tensors(
+    outline: Outline, dtype: str, stored_bytes: int = 2
+) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """(name, type, shape as in the model, bytes in the file) of every tensor of the result."""
+    for name, shape in outline.outer:
+        yield name, dtype, shape, prod(shape) * stored_bytes
+    for block in outline.blocks:
+        for name, shape in block.others:
+            yield name, dtype, shape, prod(shape) * stored_bytes
+        for linear in block.linears:
+            shape = (linear.out_features, linear.in_features)
+            if linear.group_size is None:
+                yield f"{linear.name}.weight", dtype, shape, prod(shape) * stored_bytes
+            else:
+                group = "row" if linear.group_size == -1 else str(linear.group_size)
+                yield linear.name, f"int4, group {group}", shape, packed_bytes(linear, stored_bytes)
+            if linear.bias:
+                yield f"{linear.name}.bias", dtype, shape[:1], linear.out_features * stored_bytes
+
+
+def packed_bytes(linear: LinearOutline, stored_bytes: int = 2) -> int:
+    """Codes and scales of a quantized linear in the Marlin layout."""
+    assert linear.group_size is not None
+    k, n = padded_features(linear.in_features, linear.out_features)
+    groups = linear.in_features // columns_per_group(linear.in_features, linear.group_size)
+    return k * n // 2 + groups * n * stored_bytes
+
+
+def output_bytes(outline: Outline, stored_bytes: int = 2) -> int:
+    """Bytes of all tensors of the result."""
+    return sum(size for *_, size in stored_tensors(outline, "", stored_bytes))
+
+
+def activation_bytes(outline: Outline, job: Job) -> int:
+    """What waits between two blocks."""
+    return job.tokens * outline.hidden * job.compute_bytes
+
+
+def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
+    """Peak of a run under a plan. On a CPU device and host are one memory: add the two."""
+    kept = activation_bytes(outline, job) if plan.place == "device" else 0
+    table = max((prod(shape) for _, shape in outline.outer), default=0)
+    phases = [("embed", 0, kept + table * job.compute_bytes)] if job.tokens else []
+    for index, block in enumerate(outline.blocks):
+        weights = block.parameters * job.compute_bytes
+        codes = sum(linear.in_features * linear.out_features for linear in block.quantized)
+        phases += [(phase, index, kept + weights + codes + size) for phase, size in _phases(outline, block, job, plan)]
+    phase, index, device = max(phases, key=lambda entry: entry[2])
+    waiting = min(max(job.shard_size, table * job.stored_bytes), output_bytes(outline, job.stored_bytes))
+    host = waiting + (activation_bytes(outline, job) if plan.place == "host" else 0)
+    return Memory(device, host, phase, index)
+
+
+def memory_on_cpu(outline: Outline, job: Job, plan: Plan) -> int:
+    """Peak of a run that computes on the CPU: what a GPU would hold and what waits to be written, in one memory."""
+    found = memory(outline, job, plan)
+    table = max((prod(shape) for _, shape in outline.outer), default=0) * job.stored_bytes
+    kept = activation_bytes(outline, job) if plan.place == "device" else 0
+    read, written = table + found.host, 2 * found.host  # safetensors copies what it writes
+    # Nothing waits yet when the embedding table is read, as stored and as computed with.
+    work = found.device + (table if found.phase == "embed" else found.host)
+    return max(work, kept + max(read, written))
+
+
+def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None) -> Plan:
+    """The least frugal plan whose device memory stays within `limit` bytes.
+
+    spill  "none" keeps activations on the device, "host" and "disk" put them there, None decides.
+    Gives up speed in this order: activations wait in host memory; weights are solved in pieces of rows; Hessians are
+    summed in several passes. InputError with the least that would do, if nothing fits.
+    """
+    places = {"none": ["device"], "host": ["host"], "disk": ["disk"], None: ["device", "host"]}[spill]
+    largest = max((x.in_features for block in outline.blocks for x in block.quantized), default=0) ** 2 * 4
+    plans = [Plan(place) for place in places]
+    frugal = plans[-1]
+    plans += [replace(frugal, rows=rows) for rows in (8192, 2048)]
+    plans += [
+        replace(frugal, rows=rows, hessian_bytes=size) for rows, size in ((2048, 2 * largest), (2048, 1), (512, 1))
+    ]
+    for plan in plans:
+        if memory(outline, job, plan).device <= limit:
+            return plan
+    least = memory(outline, job, plans[-1])
+    where = f"the {least.phase} phase of block {least.block}" if least.phase != "embed" else "the embedding"
+    ways = ["a smaller --seq-len"] if least.phase == "forward" else []
+    ways += ["--spill host"] if spill == "none" else []
+    raise InputError(
+        f"--max-gpu-memory: got {limit / 1e9:.2f} GB, but {where} needs {least.device / 1e9:.2f} GB at least; give as "
+        f"much{''.join(f', or {way}' for way in ways)}"
+    )
+
+
+def hessian_passes(groups: list[tuple[str, int]], hessian_bytes: int | None) -> list[list[str]]:
+    """Groups, as (name, in_features), in passes whose Hessians take `hessian_bytes` at most, but for single ones."""
+    passes: list[list[str]] = []
+    used = 0
+    for name, features in groups:
+        size = features * features * 4
+        if passes and (hessian_bytes is None or used + size <= hessian_bytes):
+            passes[-1].append(name)
+            used += size
+        else:
+            passes.append([name])
+            used = size
+    return passes
+
+
+def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float) -> float:
+    """Rough time of a run, loading and saving aside.
+
+    From two rates of the device: multiplications of a large matrix product, and weights that the clipping search tries
+    at one ratio. Counted are two passes of all tokens (calibrate, then the quantized block), the Hessians of the
+    distinct inputs, their factors, GPTQ's trailing updates, and the clipping search; OTHER_WORK stands for the rest.
+    """
+    products, tried = 0.0, 0.0
+    for block in outline.blocks:
+        share = {True: outline.experts_per_token / max(1, _experts(block)), False: 1.0}
+        for linear in block.linears:
+            products += 2 * job.tokens * share[linear.expert] * linear.in_features * linear.out_features
+        for name, features in _inputs(block):
+            products += job.tokens * share[".experts." in name] * features**2 + 2 * features**3
+        for linear in block.quantized:
+            products += linear.out_features * linear.in_features**2 / 2
+            tried += linear.out_features * linear.in_features * len(CLIP_RATIOS) * job.clip
+    counted = products / products_per_second + tried / clip_values_per_second
+    return OTHER_WORK * counted if job.tokens else 0.0
+
+
+def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iterator[tuple[str, int]]:
+    """(phase, bytes beside weights, activations and packed tensors) of one block."""
+    widest = max((max(x.in_features, x.out_features) for x in block.linears), default=0)
+    inputs = _inputs(block)
+    passes = hessian_passes(inputs, plan.hessian_bytes)
+    sizes = {name: features * features * 4 for name, features in inputs}
+    hessians = max((sum(sizes[name] for name in names) for names in passes), default=0) if job.tokens else 0
+    inner = max((x.in_features for x in block.linears), default=0)
+    per_token = (FORWARD_HIDDEN * outline.hidden + FORWARD_INNER * widest) * job.compute_bytes
+    per_token += inner * 4 if job.compute_bytes != 4 else 0  # inputs of a Hessian as float32
+    yield "forward", hessians + job.longest * per_token
+    for name, features in inputs:
+        square = features * features * 4
+        if job.tokens:
+            yield "factor", hessians + int(FACTOR_MATRICES * square)
+        stacked = sum(x.out_features for x in block.quantized if x.input == name)
+        rows = min(stacked, plan.rows or stacked)
+        factored = 2 * square if job.tokens else 0
+        yield "solve", hessians + factored + _solve_bytes(block, name, stacked, rows, features, job)
+
+
+def _solve_bytes(block: BlockOutline, name: str, stacked: int, rows: int, features: int, job: Job) -> int:
+    weight = rows * features * 4
+    whole = stacked * features * 5  # the stacked weight and its codes
+    group = max(columns_per_group(features, x.group_size or -1) for x in block.quantized if x.input == name)
+    ratios = min(len(CLIP_RATIOS), max(1, SCRATCH_ELEMENTS // max(1, rows * group)))
+    scratch = CLIP_SCRATCH * ratios * rows * group * 4 if job.clip and job.tokens else 0.0
+    largest = max(x.out_features for x in block.quantized if x.input == name)
+    return whole + int(max((SOLVE_WEIGHTS - 1.25) * weight + scratch, JUDGE_WEIGHTS * largest * features * 4))
+
+
+def _inputs(block: BlockOutline) -> list[tuple[str, int]]:
+    """(input, features) of the distinct inputs of a block's quantized linears."""
+    return list({x.input: x.in_features for x in block.quantized}.items())
+
+
+def _experts(block: BlockOutline) -> int:
+    return len({x.input for x in block.linears if x.expert}) // 2

@@ -1,0 +1,308 @@
+"""Nothing lost: every finished step of a run on disk, so that a killed run goes on where it was.
+
+    run.json                 what the run was started with (arguments, and the facts that its result depends on)
+    samples.safetensors      the calibration tokens, so that going on needs neither the data set nor the network
+    block-00003.safetensors  the tensors of a finished step, as they will stand in the output
+    block-00003.json         its record: checksum of the tensors, digest of the step's input, what the run learnt
+    lock                     held while a process works here
+
+Each file is written under another name, synced and renamed; the JSON comes last and makes the step count. Every JSON
+carries its own checksum. A step is used again only if all checksums hold and its input is the one that it was made
+from: whatever was damaged or does not fit is done again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from marlin_gptq.checkpoint import require_space
+from marlin_gptq.errors import CheckpointError, InputError
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+RUN, SAMPLES, LOCK, FINISHING = "run.json", "samples.safetensors", "lock", "finishing.json"
+WRITING = ".writing"
+_PIECES, _PIECE = 64, 4096
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step: its tensors, on the CPU, and its record."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+class WorkDirectory:
+    """One run's directory. Make it with `new` or `resume`, and use it as a context manager: it holds a lock."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.content: dict[str, Any] = {}
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise InputError(f"{directory}: cannot be a work directory ({error.strerror})") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise InputError(f"{directory}: another run works there; wait for it, or give another directory") from error
+
+    @classmethod
+    def new(cls, directory: Path, arguments: dict[str, Any]) -> WorkDirectory:
+        """A directory for a new run; `arguments` (plain JSON) are kept for whoever resumes it."""
+        if (directory / RUN).exists():
+            raise InputError(
+                f"{directory}: holds a run already; go on with it by --resume {directory}, or give another --work-dir"
+            )
+        known = (LOCK, SAMPLES)
+        if directory.is_dir():
+            strange = [file.name for file in directory.iterdir() if file.name not in known and WRITING not in file.name]
+            if strange:
+                raise InputError(f"{directory}: is not empty (it holds {sorted(strange)[0]}); give another --work-dir")
+        work = cls(directory)
+        work.content = {"format": FORMAT, "id": uuid.uuid4().hex, "arguments": arguments}
+        return work
+
+    @classmethod
+    def resume(cls, directory: Path) -> WorkDirectory:
+        """The directory of a run that was begun before."""
+        if not (directory / RUN).is_file():
+            raise InputError(
+                f"{directory}: holds no {RUN}, so there is no run to go on with; start one with --work-dir {directory}"
+            )
+        work = cls(directory)
+        try:
+            work.content = _read_json(directory / RUN)
+        except CheckpointError:
+            work.close()
+            raise
+        if work.content.get("format") != FORMAT:
+            work.close()
+            raise CheckpointError(
+                f"{directory / RUN}: is of format {work.content.get('format')}, this version writes {FORMAT}; "
+                "start anew with another --work-dir"
+            )
+        for leftover in directory.glob(f"*{WRITING}"):
+            leftover.unlink()
+        return work
+
+    def __enter__(self) -> WorkDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the lock go. A directory in which no run was begun is removed, if nothing else is in it."""
+        if self._lock < 0:
+            return
+        if not (self.directory / RUN).exists():
+            for name in (SAMPLES, LOCK):
+                (self.directory / name).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.directory.rmdir()
+        os.close(self._lock)
+        self._lock = -1
+
+    @property
+    def id(self) -> str:
+        """Names this run; 32 hexadecimal digits."""
+        return self.content["id"]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.content["arguments"]
+
+    def begin(self, facts: dict[str, Any], samples: list[Tensor]) -> None:
+        """Note the facts that the result depends on (plain JSON); of a resumed run, refuse other ones by name."""
+        facts = json.loads(json.dumps(facts)) | {"samples": _samples_digest(samples)}
+        if "facts" not in self.content:
+            content = save({f"{position:06d}": sample for position, sample in enumerate(samples)})
+            self._write(SAMPLES, content)
+            self.content["facts"] = facts
+            self._write(RUN, _sealed(self.content))
+            return
+        for name, now in facts.items():
+            then = self.content["facts"].get(name)
+            if then != now:
+                raise InputError(
+                    f"{name}: the run in {self.directory} was begun with {_shown(then, now)}, and is now asked to go "
+                    f"on with {_shown(now, then)}; use the same, or start anew with another --work-dir"
+                )
+
+    def samples(self) -> list[Tensor]:
+        """The calibration samples of a resumed run."""
+        file = self.directory / SAMPLES
+        try:
+            stored = load(file.read_bytes())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: damaged ({error}); start anew with another --work-dir") from error
+        samples = [stored[name] for name in sorted(stored)]
+        if _samples_digest(samples) != self.content["facts"]["samples"]:
+            raise CheckpointError(f"{file}: damaged, its checksum differs; start anew with another --work-dir")
+        return samples
+
+    def put(self, step: str, source: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        """Keep a finished step. `source` is the digest of its input, `record` plain JSON.
+
+        CheckpointError if the disk is full; the steps before are kept.
+        """
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        self._write(f"{step}.safetensors", content)
+        checksum = hashlib.sha256(content).hexdigest()
+        entry = {"format": FORMAT, "step": step, "input": source, "tensors_sha256": checksum, "record": record}
+        entry["names"] = list(tensors)  # safetensors sorts them, and the output's shards follow their order
+        self._write(f"{step}.json", _sealed(entry))
+
+    def get(self, step: str, source: str) -> Step | None:
+        """A finished step whose input had the digest `source`; None, after a warning, for one that cannot be used."""
+        if not (self.directory / f"{step}.json").is_file():
+            return None
+        try:
+            entry = _read_json(self.directory / f"{step}.json")
+            if entry.get("format") != FORMAT or entry.get("step") != step:
+                raise CheckpointError(f"{step}.json: is not the record of {step} in format {FORMAT}")
+            if entry["input"] != source:
+                raise CheckpointError(f"{step}: was made from another input than the steps before it give now")
+            content = _bytes(self.directory / f"{step}.safetensors")
+            if hashlib.sha256(content).hexdigest() != entry["tensors_sha256"]:
+                raise CheckpointError(f"{step}.safetensors: damaged, its checksum differs")
+            tensors = load(content)
+            return Step({name: tensors[name] for name in entry["names"]}, entry["record"])
+        except CheckpointError as error:
+            logger.warning("%s: %s; this step is done again", self.directory, error)
+            return None
+
+    def require_space(self, size: int, output: Path) -> None:
+        """CheckpointError, before any work, if steps of `size` bytes in all do not fit beside what is here.
+
+        On one disk with `output`, that takes as much again.
+        """
+        stored = sum(file.stat().st_size for file in self.directory.glob("block-*.safetensors"))
+        place = output.absolute()
+        while not place.exists():
+            place = place.parent
+        shared = place.stat().st_dev == self.directory.stat().st_dev
+        require_space(self.directory, max(0, size - stored) + (size if shared else 0))
+
+    def finishing(self, directory: Path) -> None:
+        """Note that `directory` is complete and about to be renamed to the output."""
+        self._write(FINISHING, _sealed({"inode": directory.stat().st_ino}))
+
+    def finished(self, output: Path) -> bool:
+        """Whether `output` is what this run made: a run may be killed right after its last rename."""
+        if not output.is_dir() or not (self.directory / FINISHING).is_file():
+            return False
+        try:
+            return _read_json(self.directory / FINISHING)["inode"] == output.stat().st_ino
+        except CheckpointError:
+            return False
+
+    def _write(self, name: str, content: bytes) -> None:
+        writing = self.directory / f"{name}{WRITING}"
+        try:
+            with open(writing, "wb", buffering=0) as file:
+                view = memoryview(content)
+                while view:
+                    view = view[file.write(view) :]
+                os.fsync(file.fileno())
+            os.replace(writing, self.directory / name)
+            _sync(self.directory)
+        except OSError as error:
+            writing.unlink(missing_ok=True)
+            reason = f"cannot be written ({error.strerror})"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                free = shutil.disk_usage(self.directory).free
+                reason = f"the disk is full: {len(content) / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free"
+            raise CheckpointError(
+                f"{self.directory}: {reason}; make room and go on with --resume {self.directory}"
+            ) from error
+
+
+def model_digest(model_dir: Path) -> str:
+    """SHA-256 of config.json and, of each weight file, its size and 64 pieces of 4 KiB spread over it.
+
+    Reads little of a large model, and yet any other training run, conversion or truncation shows.
+    """
+    digest = hashlib.sha256()
+    files = sorted(p for p in model_dir.iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json")
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for piece in range(_PIECES):
+                file.seek(max(0, size - _PIECE) * piece // (_PIECES - 1))
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()
+
+
+def _samples_digest(samples: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{len(sample)}\n".encode())
+        digest.update(sample.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sealed(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content | {"sha256": _seal(content)}, indent=1) + "\n").encode()
+
+
+def _seal(content: dict[str, Any]) -> str:
+    plain = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(plain.encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_bytes(path))
+        seal = content.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path.name}: damaged ({error})") from error
+    if seal != _seal(content):
+        raise CheckpointError(f"{path.name}: damaged, its checksum differs")
+    return content
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: {error.strerror}") from error
+
+
+def _shown(value: Any, other: Any) -> str:
+    """A short form of a fact; of two objects, where they differ."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        return ", ".join(f"{key} {value.get(key)!r}" for key in value if value.get(key) != other.get(key)) or "less"
+    return "another one" if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
