@@ -239,7 +239,7 @@ def _quantize(
         from marlin_gptq.cli import dry_run as dry
 
         found = dry.estimate(
-            resolve_model(model, revision=revision, offline=offline),
+            resolve_model(model, revision=revision, offline=offline, config_only=True),
             config,
             dtype=dtype,
             device=options.torch_device(device),

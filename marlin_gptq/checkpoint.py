@@ -36,9 +36,10 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-def resolve_model(model: str, revision: str | None = None, offline: bool = False) -> Path:
+def resolve_model(model: str, revision: str | None = None, offline: bool = False, config_only: bool = False) -> Path:
     """The directory of a model: `model` itself if it is one, else a snapshot of that hub id.
 
+    config_only  fetch config.json of a hub id and nothing else.
     Raises InputError if there is neither, or if a hub id is not in the local cache while `offline`.
     """
     path = Path(model)
@@ -56,8 +57,10 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
         return Path(snapshot_download(model, revision=revision, local_files_only=offline, allow_patterns=patterns))
 
     try:
-        found = snapshot(_DOWNLOADED)
-        if not any(found.glob("*.safetensors")):  # an old repository: legacy weights only where there are no others
+        found = snapshot(["config.json"] if config_only else _DOWNLOADED)
+        if not config_only and not any(
+            found.glob("*.safetensors")
+        ):  # an old repository: legacy weights only where there are no others
             found = snapshot([*_DOWNLOADED, "pytorch_model*.bin"])
     except HFValidationError as error:
         raise InputError(f"{model}: no such directory and no hub id; give one of them") from error

@@ -148,7 +148,7 @@ def test_more_of_anything_takes_no_less(tmp_path: Path) -> None:
 def test_plans_give_up_speed_in_their_order(tmp_path: Path) -> None:
     found = outline(config_only(tmp_path / "model", **SEVENTY_B), QuantizationConfig())
     job = Job(128 * 2048, 2048, 2, 10**9)
-    limits = (40, 32, 30.5)
+    limits = (40, 32, 30.8)
     plans = [plan_within(found, job, int(limit * 1e9)) for limit in limits]
     assert plans[0] == Plan() and plans[1] == Plan("host") and plans[2].hessian_bytes is not None
     for limit, plan in zip(limits, plans, strict=True):
@@ -229,6 +229,18 @@ def test_dry_run_reads_the_config_only(tmp_path: Path) -> None:
     assert found["output_bytes"] == sum(entry["bytes"] for entry in found["tensors"])
     assert found["peak_host_bytes"] > found["host_bytes_now"] > 0
     assert list(tmp_path.iterdir()) == [model] and len(list(model.iterdir())) == 1
+
+
+def test_dry_run_of_a_hub_model_fetches_its_config_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = config_only(tmp_path / "model", **SEVEN_B), []
+
+    def snapshot_download(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.append((name, allow_patterns))
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert "291 tensors" in dry("owner/name")
+    assert asked == [("owner/name", ["config.json"])]
 
 
 def test_dry_run_of_experts_shares_lines(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_it_quantizes_loads_runs_and_saves(tmp_path: Path, architecture: str) ->
 
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
-    assert sum(isinstance(module, MarlinLinear) for module in model.modules()) == linears
+    assert sum(isinstance(module, MarlinLinear | Projection) for module in model.modules()) == linears + fused(model)
     with torch.no_grad():
         logits = model(IDS).logits.float()
         exact = AutoModelForCausalLM.from_pretrained(source)(IDS).logits.float()
@@ -101,6 +101,7 @@ def test_some_experts_in_full_precision(tmp_path: Path, architecture: str) -> No
     stored = f"model.layers.0.mlp.experts.1.{first}.weight"
     weight = TensorStore(source).get(file_name(stored, model.config))
     assert torch.equal(experts[1].get_submodule(first).weight, weight)
+    split_projections(model)
     layer = experts[3].get_submodule(first)
     assert isinstance(layer, MarlinLinear) and layer.group_size == 32
     model.save_pretrained(tmp_path / "again")
