@@ -86,7 +86,7 @@ bool plan_decode(const Problem& problem, const DeviceShape& device, const Row& r
         plan->tile_n = shape.tile_n;
         plan->groups = shape.groups;
         plan->source = shape.source;
-        plan->ctas_per_sm = 1;
+        plan->ctas_per_sm = 1;  // its registers and shared memory leave no room for a second, of the next grid either
         plan->threads = shape.threads;
         plan->cluster = shape.max_cluster;
         plan->shared_bytes = plan->stages * shape.slot_bytes + shape.tail_bytes;
@@ -138,8 +138,9 @@ Plan choose_config(const Problem& problem, const DeviceShape& device) {
         const int64_t splits = std::max<int64_t>(plan.grid / n_tiles, 1);
         const int most = plan.cluster;
         plan.cluster = 1;
-        if (n_tiles * splits <= plan.grid && n_tiles * splits * 100 >= int64_t{plan.grid} * kAlignedPercent && splits <= k_tiles) {
-            plan.grid = static_cast<int>(n_tiles * splits);
+        const int64_t aligned = n_tiles * splits;
+        if (aligned <= plan.grid && aligned * 100 >= int64_t{plan.grid} * kAlignedPercent && splits <= k_tiles) {
+            plan.grid = static_cast<int>(aligned);
             if (splits <= most) plan.cluster = static_cast<int>(splits);
         }
     }
