@@ -22,7 +22,7 @@ def decode_blocks(
 ) -> Tensor:
     """a [M, K] · W (+ bias [N]) → [M, N], with the arguments of `gemm_blocked`, which has checked them.
 
-    M at most MAX_TOKENS. blocks start on 128 bytes, a and scales on 16, bias on 8. grid: 0, or a number of blocks to
+    M at most MAX_TOKENS. a, blocks and scales start on 16 bytes, bias on 8. grid: 0, or a number of blocks to
     force, for tests. ValueError for a misaligned tensor, RuntimeError for what else the library refuses.
     """
     m, k = a.shape

@@ -15,7 +15,7 @@ from marlin_gptq.kernel.reference import gemm_reference
 MIN_CAPABILITY = (8, 0)
 _OVERLAP, _PORTABLE = 1, 2  # flags of the C function
 # Bytes, of the kernels' vector loads and bulk copies.
-_ALIGNMENT = {"a": 16, "blocks": 128, "qweight": 16, "scales": 16, "qzeros": 16, "bias": 8}
+_ALIGNMENT = {"a": 16, "blocks": 16, "qweight": 16, "scales": 16, "qzeros": 16, "bias": 8}
 
 _overlap = 0  # or _OVERLAP
 

@@ -66,7 +66,7 @@ SUITE_M = {
     "sustained": [1, 16, 64],
 }
 HEADER = """\
-|    K |     N |    M |      µs | GB/s | of stream | TFLOP/s | torch µs | x torch | chain µs | x torch | x int4 | error |
+|    K |     N |    M |      µs | GB/s | of stream | TFLOP/s | torch µs | x torch | chain µs | x torch | x int4 | err |
 |-----:|------:|-----:|--------:|-----:|----------:|--------:|---------:|--------:|---------:|--------:|-------:|----:|"""
 COLD_BYTES = 180 * 2**20  # three times the largest L2 cache
 

@@ -49,8 +49,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     for axes in (left, right):
         axes.axhline(1, color="#7F7F7F", linewidth=1, linestyle="--")
-        axes.set_ylim(bottom=0)
-        axes.margins(y=0.12)
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
         axes.set_ylabel("times as fast as cuBLAS")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

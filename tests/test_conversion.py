@@ -461,6 +461,6 @@ def test_groups_of_several_sizes_load_and_are_refused_elsewhere(tmp_path: Path) 
     loaded = marlin_gptq.load(tmp_path / "mixed")
     assert loaded.get_submodule("model.layers.0.mlp.down_proj").group_size == 64
     assert torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")))
-    with pytest.raises(InputError, match=r"down_proj: GPTQ.* cannot hold groups of 64 beside groups of 128"):
+    with pytest.raises(InputError, match=r"down_proj: gptq .* cannot hold groups of 64 beside groups of 128"):
         marlin_gptq.convert_checkpoint(tmp_path / "mixed", tmp_path / "out", "gptq")
     assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from marlin_gptq.kernel import reference
+from marlin_gptq.kernel.blocked import block_words, to_blocks
 
 CXX = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(CXX is None, reason="needs a C++ compiler")
@@ -35,6 +36,9 @@ int main() {{
     for (int n = 0; n < {N}; ++n)
         std::printf("%d %d %d %d\\n", scale_column_grouped(n), scale_column_per_channel(n), zero_word(n),
                     zero_nibble(n));
+    for (int step = 0; step < 8; ++step)
+        for (int tile = 0; tile < 8; ++tile) std::printf("%d\\n", block_part_bytes(step, tile));
+    for (int rows = 0; rows < 5; ++rows) std::printf("%d\\n", block_bytes(rows, rows));
     const int64_t splits[][2] = {{{", ".join(f"{{{u}, {g}}}" for u, g in SPLITS)}}};
     for (const auto& split : splits) {{
         const int64_t units = split[0], grid = split[1];
@@ -89,7 +93,20 @@ def test_formulas_agree(tmp_path: Path, repository: Path) -> None:
         reference.zero_word(channels),
         reference.zero_nibble(channels),
     ]
-    assert lines[K * N :] == torch.stack(columns, dim=-1).tolist()
+    assert lines[K * N : K * N + N] == torch.stack(columns, dim=-1).tolist()
+
+    # Blocks: which word of to_blocks holds the first code of a channel tile and k16 step, less the step's place in it.
+    qweight = torch.arange(8 * 256, dtype=torch.int32).reshape(8, 256)
+    first = to_blocks(qweight, None, None, -1).reshape(-1).tolist()
+    parts = []
+    for step in range(8):
+        for tile in range(8):
+            word = int(reference.weight_word(torch.tensor(0), torch.tensor(16 * tile)))
+            parts.append([4 * (first.index(step * 256 + word) - step % 4)])
+    assert lines[K * N + N : K * N + N + 64] == parts
+    sizes = [[4 * block_words(128 * 128, 128 // rows, True)] for rows in (1, 2, 4)]
+    found = lines[K * N + N + 64 :]
+    assert [found[rows] for rows in (1, 2, 4)] == sizes and found[0] == [4 * block_words(128, -1, False)]
 
 
 def test_bit_arithmetic_stays_in_one_file(repository: Path) -> None:

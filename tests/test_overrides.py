@@ -13,7 +13,7 @@ from helpers import random_samples, save_tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from marlin_gptq import InputError, MarlinLinear, QuantizationConfig, quantize_model
+from marlin_gptq import InputError, MarlinLinear, QuantizationConfig, quantize_model, split_projections
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.cli.quantize import main
 from marlin_gptq.config import Override
@@ -127,6 +127,7 @@ def test_from_the_file_to_the_loaded_model(tmp_path: Path) -> None:
 
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
+    split_projections(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MarlinLinear)}
     assert len(layers) == 9 and layers["model.layers.0.self_attn.k_proj"].group_size == 32
     assert isinstance(model.model.layers[1].self_attn.o_proj, nn.Linear)

@@ -35,7 +35,7 @@ int run(const Problem& problem, const Call& call) {
     if (call.lda < problem.k || call.lda % 8 != 0) return MARLIN_GPTQ_BAD_STRIDE;
     const bool needs_scales = !blocks || !is_grouped(problem);
     if (call.a == nullptr || call.weights == nullptr || (needs_scales && call.scales == nullptr) || call.c == nullptr ||
-        !aligned(call.a, 16) || !aligned(call.weights, blocks ? 128 : 16) || !aligned(call.scales, 16) ||
+        !aligned(call.a, 16) || !aligned(call.weights, 16) || !aligned(call.scales, 16) ||
         !aligned(call.qzeros, 16) || !aligned(call.bias, 8) || !aligned(call.c, 8))
         return MARLIN_GPTQ_BAD_POINTER;
 
@@ -103,7 +103,7 @@ const char* marlin_gptq_error_string(int code) {
         case MARLIN_GPTQ_BAD_GROUP_SIZE: return "group_size: needs -1, k, or 32, 64 or 128 dividing k";
         case MARLIN_GPTQ_BAD_DTYPE: return "dtype: needs 0 (float16) or 1 (bfloat16)";
         case MARLIN_GPTQ_BAD_POINTER:
-            return "pointer: a, qweight, scales and qzeros need 16-byte alignment, blocks 128-byte, bias and c 8-byte alignment";
+            return "pointer: a, qweight or blocks, scales and qzeros need 16-byte alignment, bias and c 8-byte alignment";
         case MARLIN_GPTQ_BAD_STRIDE: return "lda: needs at least k, and a multiple of 8";
         case MARLIN_GPTQ_BAD_GRID: return "grid: needs 1 to min(units of work, 2 blocks per multiprocessor)";
         case MARLIN_GPTQ_OLD_DEVICE: return "device: needs compute capability 8.0 or newer";

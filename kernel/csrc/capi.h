@@ -70,7 +70,7 @@ MARLIN_GPTQ_API int marlin_gptq_gemm(const void* a, const void* qweight, const v
 /* The same for at most 32 tokens and weights in blocks of 128 channels x 128 k (kernel/blocked.py), on compute capability
  * 9.0 alone: blocks [ceil(n/128), ceil(k/128)] of 8192 bytes of codes, then, unless there is one scale per column, scales,
  * then, where asymmetric is not 0, zero points. scales: [n] in natural order where there is one per column, else null.
- * blocks aligned to 128 bytes. MARLIN_GPTQ_NO_BLOCKS: not for this device or this m. */
+ * blocks aligned to 16 bytes. MARLIN_GPTQ_NO_BLOCKS: not for this device or this m. */
 MARLIN_GPTQ_API int marlin_gptq_decode_blocks(const void* a, const void* blocks, const void* scales, const void* bias,
                                               void* c, int64_t m, int64_t n, int64_t k, int64_t lda, int64_t group_size,
                                               int32_t asymmetric, int32_t dtype, int32_t device, void* stream,
