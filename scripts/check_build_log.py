@@ -5,7 +5,8 @@
 
 Exit code 1: spilled registers, notes C75xx (serialised wgmma, ignored setmaxnreg), or a kernel or architecture that the
 build should have compiled and the log does not show. The kernels expected are those of
-kernel/csrc/dispatch/variants.h and, for sm_90a, sm90/wgmma_variants.h; the architectures those of the nvcc commands in the log, or of --archs.
+kernel/csrc/dispatch/variants.h and, for sm_90a, of kernel/csrc/sm90/wgmma_variants.h; the architectures those of the
+nvcc commands in the log, or of --archs.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ def wgmma_entries(reader: ModuleType, architecture: str) -> str:
     for name in sorted(reader.expected_wgmma(reader.WGMMA_VARIANTS.read_text())):
         _, dtype, tile_m, rows, pairs, groups, zeros = name.split()
         numbers = f"ELi{tile_m[1:]}ELi{rows.removeprefix('rows')}ELi{pairs.removeprefix('pairs')}"
-        config = f"{reader.DTYPES.index(dtype)}{numbers}ELNS0_6GroupsE{reader.GROUPS.index(groups)}ELb{int(zeros == 'zeros')}"
+        config = f"{reader.DTYPES.index(dtype)}{numbers}ELNS0_6GroupsE{reader.GROUPS.index(groups)}"
+        config += f"ELb{int(zeros == 'zeros')}"
         mangled = f"_ZN11marlin_gptq4sm9012wgmma_kernelINS0_11WgmmaConfigILNS_5DTypeE{config}EEEEEvNS0_11WgmmaParamsE"
         log += (
             f"ptxas info    : Compiling entry function '{mangled}' for '{architecture}'\n"

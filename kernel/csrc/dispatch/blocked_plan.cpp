@@ -22,8 +22,8 @@ constexpr Tile kTiles[] = {
 constexpr int kVariants = sizeof(kTiles) / sizeof(kTiles[0]);
 
 // What a unit of 128 k of each tile takes a block (microseconds) while all 132 multiprocessors of an H200 are at work, and
-// what the tile is for. Together with the costs below fitted to 1,200 timings of the 11 layers of docs/benchmarks.md at
-// M = 16 to 4096 (FP16, group size 128); the plans so chosen are within 1 % of the best ones timed, on average.
+// what the tile is for. Together with the costs below fitted to 1,052 timings of the 11 layers of docs/benchmarks.md at
+// M = 16 to 4096 (FP16, group size 128); the plans so chosen are within 0.6 % of the best ones timed, on average.
 struct Cost {
     double unit;
     const char* reason;
@@ -32,21 +32,23 @@ constexpr Cost kCosts[kVariants] = {
     {0.33, "16 tokens: half the products of 32, two pairs of warpgroups unpack (0.33 us a unit)"},
     {0.37, "32 tokens: two pairs of warpgroups unpack (0.37 us a unit; with one pair 0.46)"},
     {0.52, "64 tokens, one pair of warpgroups: sets up and adds up sooner (10.9 us for the smallest layer; two pairs 11.4)"},
-    {0.50, "64 tokens, two pairs of warpgroups (0.50 us a unit; one pair 0.52)"},
-    {0.73, "128 tokens x 128 channels: more tiles to share out, or fewer tokens than would fill two (0.73 us a unit)"},
-    {1.38, "128 tokens x 256 channels: activations are read half as often (1.38 us for twice the work of 128 channels)"},
+    {0.49, "64 tokens, two pairs of warpgroups (0.49 us a unit; one pair 0.52)"},
+    {0.745, "128 tokens x 128 channels: more tiles to share out, or fewer channels than would fill wide ones (0.75 us a unit)"},
+    {1.419, "128 tokens x 256 channels: activations are read half as often (1.42 us for twice the work of 128 channels)"},
 };
-constexpr double kStart = 1.6;      // of a launch
-constexpr double kTileEnd = 1.4;    // of 128 tokens, 128 channels: the last products, the way out, the next tile's first
-constexpr double kSum = 2.6;        // of a tile that several blocks share: store, ticket, load
-constexpr double kPerMegabyte = 9;  // of FP32 parts of such a tile, to or from L2
+constexpr double kStart = 1.3;         // of a launch
+constexpr double kTileEnd = 0.93;      // of 128 tokens: the last products, the way out, the next tile's first,
+constexpr double kTileEndWidth = 0.62; // and this more for each 128 channels
+constexpr double kSum = 2.88;          // of a tile that several blocks share: store, ticket, load
+constexpr double kPerMegabyte = 8.9;   // of FP32 parts of such a tile, to or from L2
+constexpr double kDoubt = 1.01;         // whole tiles where the two come out alike: they are surer
 constexpr int kBand = 8;            // m-tiles walked together
 
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 // `split_tiles` of the tiles over `split_blocks`, the others whole: microseconds.
 double time_of(const Tile& tile, double unit, const Schedule& s, int sms, int64_t split_tiles, int64_t split_blocks) {
-    const double end = kTileEnd * tile.row_tiles * tile.tile_m / 128;
+    const double end = (kTileEnd + kTileEndWidth * tile.row_tiles) * tile.tile_m / 128;
     double time = kStart + static_cast<double>(ceil_div(s.tiles - split_tiles, sms)) * (s.k_tiles * unit + end);
     if (split_tiles == 0) return time;
     const int64_t each = ceil_div(split_tiles * s.k_tiles, split_blocks);
@@ -54,7 +56,8 @@ double time_of(const Tile& tile, double unit, const Schedule& s, int sms, int64_
     const int64_t parts = ceil_div(s.k_tiles, each) + (!aligned && s.k_tiles % each != 0);
     const double part = kPerMegabyte * 1e-6 * tile.tile_m * tile.row_tiles * sm90::kBlockN * 4;
     time += each * unit + end + (aligned ? 1 : 2) * (kSum + part);
-    return time + (parts <= 2 ? 1 : parts) * part;  // of two parts a block reads only the other's
+    time += (parts <= 2 ? 1 : parts) * part;  // of two parts a block reads only the other's
+    return time * kDoubt;
 }
 
 void consider(const Tile& tile, double unit, int sms, int64_t split_tiles, int64_t split_blocks, BlockedPlan* plan) {
