@@ -38,11 +38,11 @@ constexpr Cost kCosts[kVariants] = {
 };
 constexpr double kStart = 1.3;         // of a launch
 constexpr double kTileEnd = 0.93;      // of 128 tokens: the last products, the way out, the next tile's first,
-constexpr double kTileEndWidth = 0.62; // and this more for each 128 channels
+constexpr double kTileEndWidth = 0.62;  // and this more for each 128 channels
 constexpr double kSum = 2.88;          // of a tile that several blocks share: store, ticket, load
 constexpr double kPerMegabyte = 8.9;   // of FP32 parts of such a tile, to or from L2
-constexpr double kDoubt = 1.01;         // whole tiles where the two come out alike: they are surer
-constexpr int kBand = 8;            // m-tiles walked together
+constexpr double kDoubt = 1.01;        // whole tiles where the two come out alike: they are surer
+constexpr int kBand = 8;               // m-tiles walked together
 
 constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
