@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from marlin_gptq.quantization.grid import clipped_scale, full_scale
+from marlin_gptq.quantization import fused
+from marlin_gptq.quantization.grid import CLIP_RATIOS, clipped_scale, full_scale
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, round_to_codes
 
 
@@ -37,10 +38,28 @@ def gptq_quantize(
     codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(out_features, in_features // columns, dtype=scale_dtype, device=weight.device)
 
+    if fused.available(weight.device) and clip and columns <= 128:
+        squares = torch.stack([upper[i : i + columns, i : i + columns] for i in range(0, in_features, columns)])
+        identity = torch.eye(columns, device=weight.device).expand_as(squares)
+        whiteners = torch.linalg.solve_triangular(squares, identity, upper=True)
+        ratios = torch.tensor(CLIP_RATIOS, device=weight.device)
     for start in range(0, in_features, block_size):
         stop = min(start + block_size, in_features)
         # Columns as rows: a column of the block is then contiguous, which the inner loop lives on.
         block = remaining[:, start:stop].t().contiguous()
+        if fused.available(weight.device) and stop - start == 128 and columns in (32, 64, 128) and clip:
+            errors = torch.empty_like(block)
+            square = upper[start:stop, start:stop].contiguous()
+            for first in range(0, stop - start, columns):
+                group = (start + first) // columns
+                ahead = block[first : first + columns]
+                full = ahead.abs().amax(dim=0).mul(2 / 15)[:, None]
+                step = fused.best_scales(ahead, whiteners[group], full, ratios, scale_dtype)
+                scales[:, group] = step
+                part, errors[first : first + columns] = fused.quantize_columns(block, square, step, first, first + columns)
+                codes[:, start + first : start + first + columns] = part.t()
+            remaining[:, stop:].addmm_(errors.t(), upper[start:stop, stop:], alpha=-1.0)
+            continue
         errors = torch.empty_like(block)
         for column in range(start, stop):
             group, first = divmod(column, columns)
