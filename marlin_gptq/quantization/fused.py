@@ -52,8 +52,8 @@ def best_scales(weight: Tensor, whitener: Tensor, scales: Tensor) -> Tensor:
     step, warps = (width, 4) if _capability(weight.device)[0] == 9 else (16, 8)
     _launch(
         kernels.search, (rows, kernels.SEARCH_ROWS), weight.device,
-        columns, whitener.contiguous(), candidates, found, rows, candidates.shape[0],
-        WIDTH=width, STEP=step, ROWS=kernels.SEARCH_ROWS, num_warps=warps,
+        columns, whitener.contiguous(), candidates, found, rows,
+        COUNT=candidates.shape[0], WIDTH=width, STEP=step, ROWS=kernels.SEARCH_ROWS, num_warps=warps,
     )  # fmt: skip
     return found.unsqueeze(1)
 
@@ -66,21 +66,19 @@ def quantize_columns(
     kernels = _kernels()
     _launch(
         kernels.columns, (rows, kernels.COLUMNS_ROWS), block.device,
-        block, codes, errors, upper, steps.contiguous(), rows, width, upper.stride(0), first, last,
-        OWN_STEPS=steps.dim() == 2, WIDTH=BLOCK_WIDTH, ROWS=kernels.COLUMNS_ROWS, num_warps=4,
+        block, codes, errors, upper.contiguous(), steps.contiguous(), rows, width, first,
+        COUNT=last - first, OWN_STEPS=steps.dim() == 2, WIDTH=BLOCK_WIDTH, ROWS=kernels.COLUMNS_ROWS, num_warps=4,
     )  # fmt: skip
 
 
 def push_errors(rest: Tensor, errors: Tensor, upper: Tensor) -> None:
-    """As `columns.push_errors`, in one launch; the last dimension of `rest` and `upper` is contiguous."""
+    """As `columns.push_errors`, in one launch; a row of `rest` is contiguous."""
     (rows, later), width = rest.shape, errors.shape[0]
-    if later == 0:
-        return
     kernels = _kernels()
     _launch(
         kernels.push, (rows, kernels.PUSH_ROWS, later, kernels.PUSH_COLUMNS), rest.device,
-        rest, errors, upper, rows, later, width, rest.stride(0), upper.stride(0),
-        ROWS=kernels.PUSH_ROWS, COLUMNS=kernels.PUSH_COLUMNS, num_warps=8,
+        rest, errors, upper.contiguous(), rows, later, rest.stride(0),
+        WIDTH=width, ROWS=kernels.PUSH_ROWS, COLUMNS=kernels.PUSH_COLUMNS, num_warps=8,
     )  # fmt: skip
 
 

@@ -26,11 +26,12 @@ def _nearest(weight, step):
     return (level + _HALF_EVEN) - _HALF_EVEN
 
 
-@triton.jit(do_not_specialize=["rows", "count"])
+@triton.jit(do_not_specialize=["rows"])
 def search(
-    weights, whitener, scales, found, rows, count, WIDTH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr
+    weights, whitener, scales, found, rows,
+    COUNT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """weights [WIDTH, rows], whitener [WIDTH, WIDTH], scales [count, rows] → found [rows].
+    """weights [WIDTH, rows], whitener [WIDTH, WIDTH], scales [COUNT, rows] → found [rows].
 
     With STEP = WIDTH weights stay in registers and both parts of the whitener in shared memory; a smaller STEP takes
     as many columns at a time from the caches, which needs neither of them.
@@ -43,7 +44,7 @@ def search(
     square = tl.load(whitener + inner[:, None] * WIDTH + column[None, :])
     least = tl.full((ROWS,), float("inf"), dtype=tl.float32)
     best = tl.load(scales + row, mask=inside, other=1.0).to(tl.float32)
-    for candidate in range(count):
+    for candidate in range(COUNT):
         scale = tl.load(scales + candidate * rows + row, mask=inside, other=1.0).to(tl.float32)
         if STEP == WIDTH:
             difference = _nearest(weight, scale[:, None]) * scale[:, None] - weight
@@ -63,12 +64,15 @@ def search(
     tl.store(found + row, best.to(found.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "width", "first", "last"])
+@triton.jit(do_not_specialize=["rows", "width", "first"])
 def columns(
-    block, codes, errors, upper, steps, rows, width, upper_stride, first, last,
-    OWN_STEPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    block, codes, errors, upper, steps, rows, width, first,
+    COUNT: tl.constexpr, OWN_STEPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """block, codes, errors [width, rows]; upper [width, width]; steps [rows], or [width, rows] with OWN_STEPS."""
+    """COUNT columns from `first` on of block, codes, errors [width, rows]; upper [width, width].
+
+    steps [rows], or [width, rows] with OWN_STEPS.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < rows)[:, None] & (column < width)[None, :]
@@ -76,41 +80,42 @@ def columns(
     weight = tl.load(block + place, mask=inside, other=0.0)
     levels = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     pushed = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
-    for c in range(first, last):
+    for done in range(COUNT):
+        c = first + done
         here = (column == c)[None, :]
         original = tl.sum(tl.where(here, weight, 0.0), axis=1)
         own = c * rows if OWN_STEPS else 0
         step = tl.load(steps + own + row, mask=row < rows, other=1.0).to(tl.float32)
         level = _nearest(original, step)
-        error = tl.div_rn(original - level * step, tl.load(upper + c * upper_stride + c))
+        error = tl.div_rn(original - level * step, tl.load(upper + c * width + c))
         behind = (column > c) & (column < width)
-        weight -= error[:, None] * tl.load(upper + c * upper_stride + column, mask=behind, other=0.0)[None, :]
+        weight -= error[:, None] * tl.load(upper + c * width + column, mask=behind, other=0.0)[None, :]
         levels = tl.where(here, level[:, None], levels)
         pushed = tl.where(here, error[:, None], pushed)
-    mine = inside & ((column >= first) & (column < last))[None, :]
+    mine = inside & ((column >= first) & (column < first + COUNT))[None, :]
     tl.store(block + place, weight, mask=inside)
     tl.store(codes + place, (levels + 8.0).to(tl.uint8), mask=mine)
     tl.store(errors + place, pushed, mask=mine)
 
 
-@triton.jit(do_not_specialize=["rows", "width"])
+@triton.jit(do_not_specialize=["rows"])
 def push(
-    rest, errors, upper, rows, later, width, rest_stride, upper_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr = 32,
+    rest, errors, upper, rows, later, rest_stride,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr = 32,
 ):  # fmt: skip
-    """rest [rows, later] −= errors [width, rows] transposed · upper [width, later]."""
+    """rest [rows, later] −= errors [WIDTH, rows] transposed · upper [WIDTH, later]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < later)[None, :]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, width, STEP):
+    for start in range(0, WIDTH, STEP):
         inner = start + tl.arange(0, STEP)
-        left = inner < width
+        left = inner < WIDTH
         error = tl.load(
             errors + inner[None, :] * rows + row[:, None], mask=(row < rows)[:, None] & left[None, :], other=0.0
         )
         factor = tl.load(
-            upper + inner[:, None] * upper_stride + column[None, :],
+            upper + inner[:, None] * later + column[None, :],
             mask=left[:, None] & (column < later)[None, :],
             other=0.0,
         )

@@ -48,6 +48,7 @@ def gptq_quantize(
         # Columns as rows: a column of the block is then contiguous, which the inner loops live on.
         block = remaining[:, start:stop].t().contiguous()
         block_codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+        square = upper[start:stop, start:stop].contiguous()
         run = min(columns, stop - start)  # columns in a row that share a scale
         for first in range(start, stop, run):
             group, inside = divmod(first, columns)
@@ -60,8 +61,9 @@ def gptq_quantize(
                 else:
                     found = full_scale(ahead, scale_dtype)
                 scales[:, group] = found.squeeze(1)
-            square, steps = upper[start:stop, start:stop], scales[:, group]
-            loops.quantize_columns(block, block_codes, errors, square, steps, first - start, first - start + run)
+            loops.quantize_columns(
+                block, block_codes, errors, square, scales[:, group], first - start, first - start + run
+            )
         codes[:, start:stop] = block_codes.t()
         loops.push_errors(remaining[:, stop:], errors, upper[start:stop, stop:])
     return QuantizedWeight(codes, scales, None, group_size)

@@ -81,14 +81,15 @@ def _trial(loops: Loops, device: torch.device, width: int, dtype: torch.dtype) -
     upper = (torch.eye(128) + 0.05 * torch.randn(128, 128, generator=generator).triu()).to(device)
     behind = torch.randn(128, 160, generator=generator).to(device)
     full = weight[:, :width].abs().amax(dim=1, keepdim=True) * (2 / 15)
-    candidates = (full * torch.linspace(1, 0.25, 16).to(device)).to(dtype)
+    candidates = (full * torch.tensor(grid.CLIP_RATIOS, device=device)).to(dtype)
 
     def solve(these: Loops, scales: Tensor | None = None) -> tuple[Tensor, ...]:
         found = these.best_scales(weight[:, :width], upper[:width, :width], candidates)
         block, rest = weight.t().contiguous(), torch.zeros(70, 160, device=device)
         codes, errors = torch.zeros_like(block, dtype=torch.uint8), torch.zeros_like(block)
         steps = (found if scales is None else scales).squeeze(1)
-        these.quantize_columns(block, codes, errors, upper, steps, 0, 128)
+        for first in range(0, 128, width):
+            these.quantize_columns(block, codes, errors, upper, steps, first, first + width)
         these.push_errors(rest, errors, behind)
         return found, codes, rest
 
