@@ -119,7 +119,7 @@ def quantize_model(
     own = _own_samples(samples if config.method == "gptq" else [], team)
     job = job_of(own, config, stream.dtype, shard_size)
     plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory))
-    loops = _loops(linears, config, target, device)
+    loops = _loops(linears, config, target, device, team)
     if work is not None:
         work.require_space(size, output)
         shared = {"rows at once": plan.rows, "processes": team.size, "inner loops": loops}
@@ -240,14 +240,21 @@ def _linears_of(stream: BlockStream, config: QuantizationConfig) -> list[dict[st
 
 
 def _loops(
-    linears: list[dict[str, nn.Linear]], config: QuantizationConfig, target: torch.dtype, device: torch.device
+    linears: list[dict[str, nn.Linear]],
+    config: QuantizationConfig,
+    target: torch.dtype,
+    device: torch.device,
+    team: Team,
 ) -> str:
     """What GPTQ's inner loops will run in for these linears; where that is Triton, tried out now and not halfway."""
     if config.method != "gptq":
         return PLAIN.name
     shapes = {(linear.in_features, config.group_size_of(name)) for block in linears for name, linear in block.items()}
     kinds = {(columns_per_group(*shape), min(config.block_size, shape[0])) for shape in shapes}
-    return ", ".join(sorted({inner_loops(device, *kind, target).name for kind in kinds}))
+    for kind in kinds:  # one that fails turns all off, those that were tried before it too
+        inner_loops(device, *kind, target)
+    own = {inner_loops(device, *kind, target).name for kind in kinds}
+    return ", ".join(sorted(set().union(*(team.object_from(process, own) for process in range(team.size)))))
 
 
 def _output_bytes(

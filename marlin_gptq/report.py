@@ -49,7 +49,7 @@ class ProgressEvent:
 class QuantizeReport:
     """The result, as it stands in quantize_log.json.
 
-    inner_loops  what GPTQ's inner loops ran in: "torch", or "triton" and its version for the fused GPU kernels.
+    inner_loops  what GPTQ's inner loops ran in: "torch", "triton" and its version for the fused GPU kernels, or both.
     """
 
     output: Path

@@ -46,6 +46,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(grid, "CLIP_RATIOS", grid.CLIP_RATIOS[::15])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_the_kernels_in_tritons_interpreter(repository: Path) -> None:
     if importlib.util.find_spec("triton") is None:
@@ -189,6 +190,8 @@ def test_gptq_with_fused_loops_agrees_with_plain_torch(
     scale_dtype: torch.dtype,
     clip: bool,
 ) -> None:
+    if INTERPRETED and dtype == torch.float16 and features > 160:
+        pytest.skip("takes the interpreter long, and differs from the other cases by no kernel")
     weight, damped, upper = problem(rows, features, device, dtype)
     settings = {"group_size": group, "scale_dtype": scale_dtype, "block_size": block, "clip": clip}
     loops.set_fused(False)
@@ -214,7 +217,7 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, group: int, clip: bool
 ) -> None:
     use_fused(monkeypatch, device)
-    rows, features = (100, 160) if device.type == "cpu" else (4096 + 7, 1024)
+    rows, features = (70, 96) if device.type == "cpu" else (4096 + 7, 1024)
     weight, _, upper = problem(rows, features, device)
     settings = {"group_size": group, "scale_dtype": torch.float16, "clip": clip}
     whole = gptq_quantize(weight, upper, **settings)
