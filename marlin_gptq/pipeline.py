@@ -44,6 +44,7 @@ from marlin_gptq.output_directory import write_companions
 from marlin_gptq.overrides import require_matches
 from marlin_gptq.quantization.gptq import gptq_quantize, rtn_quantize
 from marlin_gptq.quantization.hessian import Factor, NotPositiveDefinite, factor, relative_error
+from marlin_gptq.quantization.loops import PLAIN, inner_loops
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, join_rows
 from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport, linear_record
 from marlin_gptq.work_directory import WorkDirectory, model_digest
@@ -118,9 +119,10 @@ def quantize_model(
     own = _own_samples(samples if config.method == "gptq" else [], team)
     job = job_of(own, config, stream.dtype, shard_size)
     plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory))
+    loops = _loops(linears, config, target, device, team)
     if work is not None:
         work.require_space(size, output)
-        shared = {"rows at once": plan.rows, "processes": team.size}
+        shared = {"rows at once": plan.rows, "processes": team.size, "inner loops": loops}
         work.begin(_facts(model_dir, config, target, shard_size, device) | shared, samples)
     disk = work.directory if work else output.absolute().parent
     run = _Run(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team)
@@ -157,6 +159,7 @@ def quantize_model(
             peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             unknown_tensors=unknown,
             records=run.records,
+            inner_loops=loops,
         )
         if writer is not None:
             write_companions(writer, model_dir, report)
@@ -234,6 +237,24 @@ def _linears_of(stream: BlockStream, config: QuantizationConfig) -> list[dict[st
         patterns = [*config.skip, *(rule.match for rule in config.overrides if rule.bits == 16)]
         raise InputError(f"skip: {', '.join(patterns)} leaves no linear to quantize")
     return linears
+
+
+def _loops(
+    linears: list[dict[str, nn.Linear]],
+    config: QuantizationConfig,
+    target: torch.dtype,
+    device: torch.device,
+    team: Team,
+) -> str:
+    """What GPTQ's inner loops will run in for these linears; where that is Triton, tried out now and not halfway."""
+    if config.method != "gptq":
+        return PLAIN.name
+    shapes = {(linear.in_features, config.group_size_of(name)) for block in linears for name, linear in block.items()}
+    kinds = {(columns_per_group(*shape), min(config.block_size, shape[0])) for shape in shapes}
+    for kind in kinds:  # one that fails turns all off, those that were tried before it too
+        inner_loops(device, *kind, target)
+    own = {inner_loops(device, *kind, target).name for kind in kinds}
+    return ", ".join(sorted(set().union(*(team.object_from(process, own) for process in range(team.size)))))
 
 
 def _output_bytes(

@@ -47,7 +47,10 @@ class ProgressEvent:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """The result, as it stands in quantize_log.json."""
+    """The result, as it stands in quantize_log.json.
+
+    inner_loops  what GPTQ's inner loops ran in: "torch", "triton" and its version for the fused GPU kernels, or both.
+    """
 
     output: Path
     base_model: str
@@ -61,6 +64,7 @@ class QuantizeReport:
     peak_gpu_bytes: int | None
     unknown_tensors: list[str]
     records: list[LinearRecord] = field(default_factory=list)
+    inner_loops: str = "torch"
 
     @property
     def mean_relative_error(self) -> float:

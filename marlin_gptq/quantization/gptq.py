@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from marlin_gptq.quantization.grid import clipped_scale, full_scale
+from marlin_gptq.quantization.loops import inner_loops
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, round_to_codes
 
 
@@ -28,6 +29,9 @@ def gptq_quantize(
 
     A group's scale is found when its first column is reached, from the weights as compensated so far, rounded to
     `scale_dtype`, and only then are codes chosen. Raises ValueError if the groups do not fill the row.
+
+    The inner loops are those of `loops.inner_loops`: on a GPU fused kernels, elsewhere plain torch. The two differ by
+    the rounding of float32 sums (`fused.py`), and so, near a tie, in a code or a scale.
     """
     out_features, in_features = weight.shape
     columns = columns_per_group(in_features, group_size)
@@ -37,31 +41,31 @@ def gptq_quantize(
     codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(out_features, in_features // columns, dtype=scale_dtype, device=weight.device)
 
+    loops = inner_loops(weight.device, columns, min(block_size, in_features), scale_dtype)
+
     for start in range(0, in_features, block_size):
         stop = min(start + block_size, in_features)
-        # Columns as rows: a column of the block is then contiguous, which the inner loop lives on.
+        # Columns as rows: a column of the block is then contiguous, which the inner loops live on.
         block = remaining[:, start:stop].t().contiguous()
-        errors = torch.empty_like(block)
-        for column in range(start, stop):
-            group, first = divmod(column, columns)
-            if first == 0:
-                end = column + columns
+        block_codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+        square = upper[start:stop, start:stop].contiguous()
+        run = min(columns, stop - start)  # columns in a row that share a scale
+        for first in range(start, stop, run):
+            group, inside = divmod(first, columns)
+            if inside == 0:
+                end = first + columns
                 # A group longer than the block reaches into columns that all earlier blocks have compensated.
-                ahead = remaining[:, column:end] if end > stop else block[column - start : end - start].t()
+                ahead = remaining[:, first:end] if end > stop else block[first - start : end - start].t()
                 if clip:
-                    found = clipped_scale(ahead, upper[column:end, column:end], scale_dtype)
+                    found = clipped_scale(ahead, upper[first:end, first:end], scale_dtype, search=loops.best_scales)
                 else:
                     found = full_scale(ahead, scale_dtype)
                 scales[:, group] = found.squeeze(1)
-                step = found.squeeze(1).float()
-            original = block[column - start]
-            code = round_to_codes(original, step)
-            codes[:, column] = code
-            error = (original - (code.float() - 8) * step) / upper[column, column]
-            errors[column - start] = error
-            later = upper[column, column + 1 : stop]
-            block[column - start + 1 :].addr_(later, error, alpha=-1.0)
-        remaining[:, stop:].addmm_(errors.t(), upper[start:stop, stop:], alpha=-1.0)
+            loops.quantize_columns(
+                block, block_codes, errors, square, scales[:, group], first - start, first - start + run
+            )
+        codes[:, start:stop] = block_codes.t()
+        loops.push_errors(remaining[:, stop:], errors, upper[start:stop, stop:])
     return QuantizedWeight(codes, scales, None, group_size)
 
 

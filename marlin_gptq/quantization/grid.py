@@ -6,6 +6,8 @@ largest weights against that of all others; the best p is searched under the err
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -32,32 +34,47 @@ def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return bounded.to(dtype)
 
 
-def clipped_scale(weight: Tensor, upper: Tensor, dtype: torch.dtype) -> Tensor:
+def clipped_scale(
+    weight: Tensor,
+    upper: Tensor,
+    dtype: torch.dtype,
+    *,
+    search: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """Per row the scale p·2·absmax/15 with the least ‖(Q(w) − w)·U⁻¹‖² → [rows, 1] in the stored dtype.
 
     weight  [rows, columns], the group as GPTQ sees it now (already compensated for earlier columns).
     upper   [columns, columns], the group's diagonal block of U: U⁻¹·U⁻ᵀ is the Hessian of the group given that
             the columns after it are free to compensate.
+    search  what finds the best of the candidates; `best_scales`, or its fused twin.
     Of equal errors the largest p wins. Reference: the recipe of the original Marlin repository.
     """
     weight = weight.float()
-    rows, columns = weight.shape
-    identity = torch.eye(columns, dtype=torch.float32, device=weight.device)
+    identity = torch.eye(weight.shape[1], dtype=torch.float32, device=weight.device)
     whitener = torch.linalg.solve_triangular(upper.float(), identity, upper=True)
     full = weight.abs().amax(dim=1, keepdim=True) * (2 / 15)
     ratios = torch.tensor(CLIP_RATIOS, dtype=torch.float32, device=weight.device)
+    return (search or best_scales)(weight, whitener, stored_scale(full * ratios, dtype))
 
+
+def best_scales(weight: Tensor, whitener: Tensor, scales: Tensor) -> Tensor:
+    """Per row the candidate with the least ‖(Q(w) − w)·V‖² → [rows, 1]; of equal errors the first.
+
+    weight float32 [rows, columns]; whitener V float32 [columns, columns]; scales [rows, candidates] of any sign, in the
+    stored dtype, none of them 0. Candidates are tried as many at once as SCRATCH_ELEMENTS allows.
+    """
+    rows, columns = weight.shape
     best_error = torch.full((rows, 1), torch.inf, device=weight.device)
-    best_scale = stored_scale(full, dtype)
+    best_scale = scales[:, :1]
     at_once = max(1, SCRATCH_ELEMENTS // max(1, rows * columns))
-    for chunk in ratios.split(at_once):
-        scales = stored_scale(full * chunk, dtype).t().unsqueeze(-1)  # [ratios, rows, 1]
-        codes = round_to_codes(weight, scales)
-        difference = (codes.float() - 8) * scales.float() - weight
-        errors = (difference @ whitener).square().sum(dim=-1)  # [ratios, rows]
-        error, index = errors.min(dim=0)  # the first of equals, hence the largest ratio
+    for chunk in scales.split(at_once, dim=1):
+        tried = chunk.t().unsqueeze(-1)  # [candidates, rows, 1]
+        codes = round_to_codes(weight, tried)
+        difference = (codes.float() - 8) * tried.float() - weight
+        errors = (difference @ whitener).square().sum(dim=-1)  # [candidates, rows]
+        error, index = errors.min(dim=0)  # the first of equals
         better = error.unsqueeze(1) < best_error
-        chosen = scales.squeeze(-1).gather(0, index.unsqueeze(0)).t()
+        chosen = chunk.gather(1, index.unsqueeze(1))
         best_scale = torch.where(better, chosen, best_scale)
         best_error = torch.where(better, error.unsqueeze(1), best_error)
     return best_scale
