@@ -4,17 +4,18 @@
     python scripts/make_random_checkpoint.py build/random-7b --shape 7b
     python scripts/make_random_checkpoint.py build/random-7b-marlin --shape 7b --quantized
     marlin-eval throughput build/random-7b-marlin --baseline build/random-7b
+    python scripts/make_random_checkpoint.py build/random-7b --tokenizer examples/tiny-llama    to time marlin-quantize
 
 Every tensor is drawn, written and forgotten before the next, so that host memory stays near one shard whatever the
 shape. --quantized writes random codes in the Marlin layout, without quantizing anything: the same format as
-marlin-quantize's, another model than the one without --quantized. Activations stay finite; the text is noise, and
-there is no tokenizer.
+marlin-quantize's, another model than the one without --quantized. Activations stay finite; the text is noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -50,6 +51,7 @@ def main() -> int:
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to draw")
+    parser.add_argument("--tokenizer", type=Path, help="directory to copy a tokenizer from")
     parser.add_argument("--overwrite", action="store_true")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -82,6 +84,9 @@ def write(arguments: argparse.Namespace) -> int:
         for name, like in tensors.items():
             packed = tensors.get(name.removesuffix("scales") + "qweight")
             writer.add(name, drawn(name, like, generator, 16 * len(packed) if packed is not None else like.shape[-1]))
+        if arguments.tokenizer:
+            for file in sorted(arguments.tokenizer.glob("*token*")):
+                shutil.copyfile(file, writer.directory / file.name)
         writer.write_text("config.json", json.dumps(content, indent=2) + "\n")
         writer.write_text("README.md", "Random weights, to measure speed and memory with. It has learned nothing.\n")
         writer.finish()

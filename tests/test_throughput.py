@@ -185,7 +185,8 @@ def test_random_checkpoints_load_and_stay_finite(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make = script(repository)
-    for name, options in (("plain", []), ("ours", ["--quantized"])):
+    tokenizer = repository / "examples" / "tiny-llama"
+    for name, options in (("plain", ["--tokenizer", tokenizer]), ("ours", ["--quantized"])):
         arguments = [tmp_path / name, "--shape", "tiny", "--layers", 2, "--device", "cpu", *options]
         monkeypatch.setattr(sys, "argv", ["make_random_checkpoint.py", *map(str, arguments)])
         assert make.main() == 0 and "GB in" in capsys.readouterr().out
@@ -195,6 +196,7 @@ def test_random_checkpoints_load_and_stay_finite(
             output = model(torch.randint(0, 8192, (2, 40)), output_hidden_states=True)
         assert all(0.01 < float(hidden.std()) < 20 for hidden in output.hidden_states)
         assert torch.isfinite(output.logits).all() and float(output.logits.std()) > 0.1
+    assert {file.name for file in (tmp_path / "plain").glob("*token*")} == {"tokenizer.model", "tokenizer_config.json"}
     codes = load_file(tmp_path / "ours" / "model.safetensors")["model.layers.0.mlp.up_proj.qweight"]
     assert codes.unique().numel() > 0.99 * codes.numel()
     assert memory(model)["linears"] == 2 * (4 * 256 + 3 * 768) * 256 * (4 + 16 / 128) / 8

@@ -78,11 +78,11 @@ def architecture(directory: Path, tensors: int) -> Architecture:
     except _NO_MODEL as error:
         said = " ".join(str(error).split())[:300]
         raise InputError(f"{directory}/config.json: no model can be made of it: {said}") from error
-    modules = {file_name(name, config): name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linears = {name: model.get_submodule(module) for name, module in modules.items()}
+    inner = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {file_name(name, config): module for name, module in inner.items()}
     return Architecture(
         config=config,
-        modules=modules,
+        modules=dict(zip(linears, inner, strict=True)),
         shapes={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
         biased=frozenset(name for name, linear in linears.items() if linear.bias is not None),
         blocks=blocks,
