@@ -10,16 +10,17 @@ import click
 
 from marlin_gptq import __version__
 from marlin_gptq.checkpoint import resolve_model
-from marlin_gptq.cli import failures, options
+from marlin_gptq.cli import failures, options, techniques
 from marlin_gptq.cli.progress import Display
-from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.config import DEFAULT_PRESET, PRESETS, QuantizationConfig
 from marlin_gptq.errors import InputError
 
 EXAMPLES = """\b
 Examples:
   marlin-quantize meta-llama/Llama-2-7b-hf --wbits 4 -o llama-2-7b-marlin
   marlin-quantize ./my-llama --wbits 4 -o my-llama-marlin --dataset texts.jsonl --group-size 64
-  marlin-quantize examples/tiny-llama --wbits 4 -o tiny-marlin --dataset demo    (needs no network)
+  marlin-quantize examples/tiny-llama --wbits 4 -o tiny-marlin --dataset demo --preset marlin    (no network, no GPU)
+  marlin-quantize ./my-llama --wbits 4 -o my-llama-marlin --tune-steps 0    (little memory: all of best but the tuning)
 
 Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama-2-7b-hf
 """
@@ -41,7 +42,9 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
     show_default=True,
     help="Input features that share a scale; -1 is the whole row.",
 )
-@click.option("--damp", type=float, default=0.1, show_default=True, help="Damping over the Hessian's mean diagonal.")
+@click.option(
+    "--damp", type=float, default=None, help="Damping over the Hessian's mean diagonal.  [default: the preset's]"
+)
 @click.option("--n-samples", type=click.IntRange(1), default=256, show_default=True, help="Calibration documents.")
 @click.option(
     "--seq-len",
@@ -72,13 +75,13 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
 )
 @click.option(
     "--preset",
-    type=click.Choice(["marlin"]),
-    default="marlin",
+    type=click.Choice(list(PRESETS)),
+    default=DEFAULT_PRESET,
     show_default=True,
-    help="Recipe; marlin is that of the original Marlin repository.",
+    help="Recipe: best tunes the whole model and needs it in the device's memory, fast takes no longer than marlin, "
+    "marlin is that of the original Marlin repository. The options below change single steps of it.",
 )
-@click.option("--no-clip", is_flag=True, help="Do not search for clipped scales.")
-@click.option("--true-sequential", is_flag=True, help="Calibrate on the quantized linears before.")
+@techniques.options
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float16", "bfloat16"]),
@@ -111,7 +114,7 @@ def _quantize(
     output: Path,
     wbits: int,
     group_size: str,
-    damp: float,
+    damp: float | None,
     n_samples: int,
     seq_len: int | None,
     dataset: str,
@@ -119,8 +122,6 @@ def _quantize(
     seed: int,
     method: str,
     preset: str,
-    no_clip: bool,
-    true_sequential: bool,
     dtype: str,
     skip: tuple[str, ...],
     shard_size: str,
@@ -130,19 +131,13 @@ def _quantize(
     offline: bool,
     as_json: bool,
     debug: bool,
+    **chosen: Any,
 ) -> None:
     display = Display()
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
-    config = QuantizationConfig(
-        group_size=int(group_size),
-        method=method,
-        preset=preset,
-        damp_percent=damp,
-        clip=not no_clip,
-        true_sequential=true_sequential,
-        skip=skip,
-    )
+    changes = techniques.changes(chosen) | ({} if damp is None else {"damp_percent": damp})
+    config = QuantizationConfig.from_preset(preset, group_size=int(group_size), method=method, skip=skip, **changes)
     shard_bytes = options.parse_size(shard_size)
     require_free_name(output, overwrite)
 
@@ -168,7 +163,8 @@ def _quantize(
             "dataset": dataset, "n_samples": len(samples), "seq_len": length, "seed": seed,
             "special_tokens": special_tokens, "tokens": tokens,
         }  # fmt: skip
-    display.say(f"quantizing {model} on {where.type}: {method}, 4 bits, group size {group_size}")
+    recipe = f"gptq, preset {preset}" if method == "gptq" else method
+    display.say(f"quantizing {model} on {where.type}: {recipe}, 4 bits, group size {group_size}")
     with display.quantizing() as progress:
         report = quantize_model(
             model_dir,
@@ -212,6 +208,12 @@ def summary(report: Any) -> str:
             f"error      mean {report.mean_relative_error:.5f}, worst {report.worst.relative_error:.5f} "
             f"({report.worst.name})",
         ]
+    if report.tuning is not None:
+        tuning = report.tuning
+        lines.append(
+            f"tuning     KL {tuning['kl_before']:.5f} -> {tuning['kl_after']:.5f} on "
+            f"{tuning['windows_judged']} windows kept aside" + ("" if tuning["kept"] else ": not kept")
+        )
     lines += [
         f"time       {options.show_time(report.seconds)} on {report.device}",
         f"next       marlin-eval perplexity {report.output}",

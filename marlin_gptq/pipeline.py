@@ -12,15 +12,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_gptq.checkpoint import CheckpointWriter, TensorStore, require_space
+from marlin_gptq.checkpoint import CheckpointWriter, TensorStore, require_space, staging_directory
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.costs import Costs
 from marlin_gptq.errors import InputError, QuantizationError
 from marlin_gptq.modeling.architecture import (
     block_linears,
@@ -31,12 +32,15 @@ from marlin_gptq.modeling.architecture import (
 )
 from marlin_gptq.modeling.blocks import BlockStream, stored_dtype
 from marlin_gptq.modeling.linear import pack, padded_features
-from marlin_gptq.modeling.observe import collect_hessians, shared_inputs
+from marlin_gptq.modeling.observe import collect_cross, collect_hessians, full_precision, shared_inputs
 from marlin_gptq.output_directory import write_companions
-from marlin_gptq.quantization.gptq import gptq_quantize, rtn_quantize
-from marlin_gptq.quantization.hessian import Factor, Hessian, NotPositiveDefinite, factor, relative_error
+from marlin_gptq.quantization.gptq import rtn_quantize
+from marlin_gptq.quantization.hessian import Cross, Hessian, NotPositiveDefinite, relative_error
+from marlin_gptq.quantization.solve import Solution, solve
 from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport, linear_record
+from marlin_gptq.tuning.stage import tune_checkpoint
+from marlin_gptq.tuning.text import packed
 
 logger = logging.getLogger(__name__)
 
@@ -86,16 +90,28 @@ def quantize_model(
     if config.method == "gptq" and not samples:
         raise InputError("samples: got none, GPTQ needs calibration text; use method rtn to round without it")
     require_full_precision(model_dir, read_config(model_dir))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if config.method == "gptq" and config.tune_steps:
+        with staging_directory(output, overwrite) as staging:
+            first = quantize_model(
+                model_dir, staging / output.name, replace(config, tune_steps=0), samples,
+                device=device, dtype=dtype, shard_size=shard_size, base_model=base_model, calibration=calibration,
+                progress=progress,
+            )  # fmt: skip
+            return tune_checkpoint(
+                model_dir, first.output, output, first, config, samples,
+                device=device, shard_size=shard_size, overwrite=overwrite, progress=progress,
+            )  # fmt: skip
+    if config.method == "gptq" and config.pack:
+        samples = packed(samples, getattr(read_config(model_dir), "max_position_embeddings", None))
     target = result_dtype(model_dir, dtype)
     stream = BlockStream(model_dir, device=device, dtype=target if device.type == "cuda" else torch.float32)
     linears = _linears_of(stream, config)
     require_space(output, _output_bytes(stream, linears, config, target))
-    run = _Run(stream, config, target, sum(map(len, linears)), progress)
+    run = _Run(stream, config, target, sum(map(len, linears)), progress, Costs(device))
 
     with CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite) as writer:
         hidden = run.embed(samples) if config.method == "gptq" else []
+        run.full = list(hidden) if config.correct_target else []
         for name, tensor in stream.outer_parameters():
             writer.add(name, run.stored(name, tensor))
         for index, names in enumerate(linears):
@@ -118,8 +134,9 @@ def quantize_model(
             seconds=time.perf_counter() - started,
             bytes_before=sum(stream.store.size(name) for name in stream.store.names if name not in set(unknown)),
             bytes_after=writer.total_bytes,
-            peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            peak_gpu_bytes=run.costs.peak_gpu_bytes(),
             unknown_tensors=unknown,
+            costs=run.costs.by_name,
             records=run.records,
         )
         write_companions(writer, model_dir, report)
@@ -163,7 +180,11 @@ class _Run:
     target: torch.dtype
     total: int
     progress: Callable[[ProgressEvent], None] | None
+    costs: Costs
     records: list[LinearRecord] = field(default_factory=list)
+    # For correct_target only: the samples after full-precision blocks, and a stage's sums against those that arrive.
+    full: list[Tensor] = field(default_factory=list)
+    crosses: dict[str, Cross] = field(default_factory=dict)
 
     def report(self, stage: str, block: int, linear: str | None, error: float | None) -> None:
         if self.progress is not None:
@@ -182,7 +203,7 @@ class _Run:
     def embed(self, samples: list[Tensor]) -> list[Tensor]:
         """Block 0's inputs, [1, T, hidden] each, on the device if half of its free memory holds them."""
         vocabulary = self.stream.config.vocab_size
-        place = self._place(sum(len(sample) for sample in samples))
+        place = self._place(sum(sample.numel() for sample in samples))
         hidden = []
         for sample in samples:
             if int(sample.max()) >= vocabulary or int(sample.min()) < 0:
@@ -190,7 +211,7 @@ class _Run:
                     f"token {int(sample.max())} is outside the model's vocabulary of {vocabulary}: the tokenizer "
                     "does not belong to this model"
                 )
-            hidden.append(self.stream.embed(sample.unsqueeze(0)).to(place))
+            hidden.append(self.stream.embed(sample.reshape(-1, sample.shape[-1])).to(place))
         self.stream.release()
         return hidden
 
@@ -213,9 +234,21 @@ class _Run:
                 self._quantize(index, groups, linears, {}, packed)
             elif names:
                 groups = shared_inputs(self.stream, index, linears, hidden[0])
+                originals = {name: linear.weight.data for name, linear in linears.items()}
                 for stage in [[group] for group in groups] if self.config.true_sequential else [groups]:
-                    hessians = collect_hessians(self.stream, index, stage, linears, hidden)
+                    cap = self.config.token_cap
+                    with self.costs.measure("hessians"):
+                        hessians = collect_hessians(self.stream, index, stage, linears, hidden, cap)
+                    self.crosses = {}
+                    if self.config.correct_target:
+                        with self.costs.measure("correct target"):
+                            self.crosses = collect_cross(
+                                self.stream, index, stage, linears, originals, hidden, self.full, cap
+                            )
                     self._quantize(index, stage, linears, hessians, packed)
+                if self.config.correct_target:
+                    with self.costs.measure("correct target"), full_precision(linears, originals):
+                        self.full = [self.stream.run(index, h.to(self.stream.device)).to(h.device) for h in self.full]
             for name, tensor in _named_tensors(block, prefix):
                 if name.removesuffix(".weight") not in linears:
                     writer.add(name, self.stored(name, tensor))
@@ -237,19 +270,12 @@ class _Run:
             started = time.perf_counter()
             # Rows are independent: linears of one input are solved as one tall weight under one Hessian.
             weight = torch.cat([self._weight(name, linears[name]) for name in group])
-            hessian, found = None, Factor(torch.empty(0), 0.0)
+            hessian, damp_percent = None, 0.0
             if self.config.method == "rtn":
                 quantized = rtn_quantize(weight, group_size=self.config.group_size, scale_dtype=self.target)
             else:
-                hessian, found = self._factor(group, hessians)
-                quantized = gptq_quantize(
-                    weight,
-                    found.upper,
-                    group_size=self.config.group_size,
-                    scale_dtype=self.target,
-                    block_size=self.config.block_size,
-                    clip=self.config.clip,
-                )
+                hessian, solution = self._solve(group, weight, hessians)
+                quantized, damp_percent = solution.quantized, solution.damp_percent
             seconds = time.perf_counter() - started
             row = 0
             for name in group:
@@ -259,7 +285,7 @@ class _Run:
                 part = quantized.rows(rows.start, rows.stop)
                 error = relative_error(weight[rows], part.dequantize(), hessian)
                 share = seconds * linear.out_features / weight.shape[0]
-                self.records.append(linear_record(name, index, part, error, found.damp_percent, share))
+                self.records.append(linear_record(name, index, part, error, damp_percent, share))
                 packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
                 linear.weight = nn.Parameter(part.dequantize().to(linear.weight.dtype), requires_grad=False)
                 self.report("quantize", index, name, error)
@@ -268,22 +294,23 @@ class _Run:
         require_finite(f"{name}.weight", linear.weight.to(self.target), f"they overflow {self.target}")
         return linear.weight.float()
 
-    def _factor(self, group: list[str], hessians: dict[str, Hessian]) -> tuple[Tensor, Factor]:
+    def _solve(self, group: list[str], weight: Tensor, hessians: dict[str, Hessian]) -> tuple[Tensor, Solution]:
         try:
             hessian = hessians[group[0]].mean()
-            found = factor(hessian, self.config.damp_percent)
+            cross = self.crosses[group[0]].mean() if self.crosses else None
+            solution = solve(weight, hessian, self.config, self.target, cross=cross, costs=self.costs)
         except NotPositiveDefinite as error:
             raise QuantizationError(f"{group[0]}: {error}; use more or other calibration text") from error
         except ValueError as error:
             raise QuantizationError(f"{group[0]}: {error}; try --dtype bfloat16") from error
-        if found.damp_percent != self.config.damp_percent:
+        if solution.damp_percent != self.config.damp_percent:
             logger.warning(
                 "%s: the Hessian was not positive definite, damping raised from %g to %g",
                 ", ".join(group),
                 self.config.damp_percent,
-                found.damp_percent,
+                solution.damp_percent,
             )
-        return hessian, found
+        return hessian, solution
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:
