@@ -78,7 +78,7 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
     type=click.Choice(list(PRESETS)),
     default=DEFAULT_PRESET,
     show_default=True,
-    help="Recipe: best tunes the whole model and needs it in the device's memory, fast takes no longer than marlin, "
+    help="Recipe: best tunes the whole model and needs it in the device's memory, fast tunes for a short time, "
     "marlin is that of the original Marlin repository. The options below change single steps of it.",
 )
 @techniques.options

@@ -35,7 +35,10 @@ _OPTIONS = (
         "--tune-codes/--no-tune-codes", default=None, help="Tune codes too, not only scales and norm weights.",
     ),
     click.option("--tune-batch", type=int, metavar="N", help="Windows of text in a step of the tuning."),
-    click.option("--tune-rate", type=float, metavar="RATE", help="Learning rate of the tuning, in units of a code."),
+    click.option("--tune-rate", type=float, metavar="RATE", help="Learning rate of codes, in units of a code."),
+    click.option(
+        "--tune-scale-rate", type=float, metavar="RATE", help="Learning rate of scales and norm weights, relative.",
+    ),
     click.option(
         "--tune-written", type=int, metavar="N", help="Windows of text that the model writes itself to tune on.",
     ),

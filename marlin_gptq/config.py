@@ -20,17 +20,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "signed_scales": True,
         "act_order": "groups",
         "refine_sweeps": 2,
-        "tune_steps": 1500,
+        "tune_steps": 1000,
         "tune_codes": True,
         "tune_batch": 16,
-        "tune_rate": 7e-4,
+        "tune_rate": 5e-4,
         "tune_written": 2048,
     },
     "fast": {
         "damp_percent": 0.01,
         "signed_scales": True,
         "act_order": "groups",
-        "refine_sweeps": 1,
+        "refine_sweeps": 2,
         "pack": True,
         "tune_steps": 250,
         "tune_codes": True,
@@ -40,8 +40,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "marlin": {},
 }
 DEFAULT_PRESET = "best"
-# Learning rate of scales and norm weights (relative steps) over that of codes.
-TUNE_SHARE = 1.0
 _CHOICES = {"clip_hessian": ("conditional", "plain"), "act_order": ("none", "groups", "columns")}
 _KINDS: dict[Any, str] = {int: "a whole number", (int, float): "a number"}
 _RANGES: dict[str, tuple[Any, float, float]] = {
@@ -51,6 +49,7 @@ _RANGES: dict[str, tuple[Any, float, float]] = {
     "tune_steps": (int, 0, 10**6),
     "tune_batch": (int, 1, 10**4),
     "tune_rate": ((int, float), 1e-7, 1),
+    "tune_scale_rate": ((int, float), 1e-7, 1),
     "tune_written": (int, 0, 10**6),
 }
 
@@ -80,7 +79,8 @@ class QuantizationConfig:
     tune_steps    steps of end-to-end tuning of scales and norm weights against the full-precision model; 0 is none.
     tune_codes    let the end-to-end tuning move codes too.
     tune_batch    windows of text in a step of the tuning.
-    tune_rate     its learning rate for codes, in units of a code; scales and norm weights move by TUNE_SHARE of it.
+    tune_rate     its learning rate for codes, in units of a code.
+    tune_scale_rate  its learning rate for scales and norm weights, relative to their sizes.
     tune_written  windows of text that the model writes itself, which the tuning adds to the calibration text.
     skip          regular expressions; linears whose full name matches one (re.search) stay as they are.
     """
@@ -106,6 +106,7 @@ class QuantizationConfig:
     tune_codes: bool = False
     tune_batch: int = 8
     tune_rate: float = 1e-3
+    tune_scale_rate: float = 3e-4
     tune_written: int = 0
     skip: tuple[str, ...] = ()
 

@@ -39,8 +39,9 @@ from marlin_gptq.quantization.hessian import Cross, Hessian, NotPositiveDefinite
 from marlin_gptq.quantization.solve import Solution, solve
 from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport, linear_record
+from marlin_gptq.tuning.memory import Sizes, plan
 from marlin_gptq.tuning.stage import tune_checkpoint
-from marlin_gptq.tuning.text import packed
+from marlin_gptq.tuning.text import WINDOW, packed
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,34 @@ def require_quantizable(
     stream = BlockStream(model_dir, device=torch.device("cpu"))
     size = _output_bytes(stream, _linears_of(stream, config), config, result_dtype(model_dir, dtype))
     require_space(output, size)
+
+
+def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.device) -> None:
+    """QuantizationError, before any work, if the tuning that `config` asks for does not fit the GPU."""
+    if device.type != "cuda":
+        return
+    plan(
+        tuned_sizes(model_dir, config),
+        batch=config.tune_batch,
+        length=WINDOW,
+        tune_codes=config.tune_codes,
+        free=torch.cuda.mem_get_info(device)[0],
+    )
+
+
+def tuned_sizes(model_dir: Path, config: QuantizationConfig) -> Sizes:
+    """A model as the tuning will see it, from config and file headers alone."""
+    stream = BlockStream(model_dir, device=torch.device("cpu"))
+    replaced = {f"{name}.weight": linear for block in _linears_of(stream, config) for name, linear in block.items()}
+    weights = sum(linear.weight.numel() for linear in replaced.values())
+    return Sizes(
+        weights=weights,
+        others=sum(elements for name, elements in stream.elements() if name not in replaced),
+        group_size=config.group_size,
+        blocks=stream.n_blocks,
+        hidden_size=stream.config.hidden_size,
+        intermediate_size=getattr(stream.config, "intermediate_size", None) or 4 * stream.config.hidden_size,
+    )
 
 
 def result_dtype(model_dir: Path, asked: torch.dtype | None) -> torch.dtype:
@@ -91,6 +120,7 @@ def quantize_model(
         raise InputError("samples: got none, GPTQ needs calibration text; use method rtn to round without it")
     require_full_precision(model_dir, read_config(model_dir))
     if config.method == "gptq" and config.tune_steps:
+        require_memory(model_dir, config, device)
         with staging_directory(output, overwrite) as staging:
             first = quantize_model(
                 model_dir, staging / output.name, replace(config, tune_steps=0), samples,

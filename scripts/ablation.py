@@ -8,7 +8,7 @@ Every run quantizes with `quantize_model`, and measures the directory that was w
 does: on the first windows of WikiText-2 test and on documents of DATA that were not calibrated on with that seed, of
 which one half is for choosing settings ("validation") and the other for reporting ("held-out"). Results are kept in
 OUT/results.jsonl run by run; started again, only what is missing is done. OUT/table.md has mean and standard
-deviation over seeds.
+deviation over seeds, OUT/plot.svg the same as bars.
 """
 
 from __future__ import annotations
@@ -150,6 +150,34 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot(results: list[dict[str, Any]], file: Path) -> None:
+    """Bars: KL on WikiText-2 test over that of the seed recipe, mean over seeds with the standard deviation."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(result["model"] for result in results))
+    figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 7), squeeze=False, layout="constrained")
+    for axis, model in zip(axes[0], models, strict=True):
+        of_model = [result for result in results if result["model"] == model]
+        kl: dict[str, list[float]] = {}
+        for variant in reversed(VARIANTS):
+            values = [r["figures"]["wikitext2"]["kl"] for r in of_model if r["variant"] == variant]
+            if values:
+                kl[variant] = values
+        seed_recipe = statistics.fmean(kl.get("marlin") or next(iter(kl.values())))
+        means = [statistics.fmean(values) / seed_recipe for values in kl.values()]
+        errors = [statistics.stdev(values) / seed_recipe if len(values) > 1 else 0 for values in kl.values()]
+        axis.barh(list(kl), means, xerr=errors, color="#4878a8")
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.axvline(0.5, color="black", linewidth=0.8, linestyle="--")
+        axis.set_xlim(0, 1.4)
+        axis.set_title(f"{model}: KL, seed recipe = 1")
+    figure.savefig(file)
+    plt.close(figure)
+
+
 def spread(values: list[float], digits: int) -> str:
     """Mean, and ± sample standard deviation where there are two or more."""
     mean = f"{statistics.fmean(values):.{digits}f}"
@@ -199,6 +227,8 @@ def main() -> int:
             name = f"{result['model']}, {result['variant']}, seed {result['seed']}"
             print(f"[{count}/{len(todo)}] {name}: KL {kl:.5f}, {left:.0f} s left", flush=True)
     print(table(results))
+    if results:
+        plot(results, arguments.out / "plot.svg")
     return 0
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A model that computes the same and is harder to quantize: random scalings moved from weights into norms and back.
 
-    python scripts/make_outlier_model.py examples/tiny-llama build/tiny-outliers --spread 1.0 --seed 0
+    python scripts/make_outlier_model.py examples/tiny-llama build/tiny-outliers --spread 0.5 --seed 0
 
 Every norm in front of linears is divided by a random vector, channel by channel, and the columns of those linears are
 multiplied by it; rows of up_proj and v_proj likewise against the columns of down_proj and o_proj. Log-normal factors of
@@ -31,7 +31,7 @@ def factors(count: int, spread: float, generator: torch.Generator) -> Tensor:
 def outliers(tensors: dict[str, Tensor], config: dict, spread: float, seed: int) -> dict[str, Tensor]:
     """The tensors of a Llama checkpoint with the scalings folded in, in their dtypes."""
     generator = torch.Generator().manual_seed(seed)
-    result = {name: tensor.float() for name, tensor in tensors.items()}
+    result = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
     heads = config["num_attention_heads"]
     shared = heads // config.get("num_key_value_heads", heads)
     for index in range(config["num_hidden_layers"]):
@@ -60,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--spread", type=float, default=1.0)
+    parser.add_argument("--spread", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     store = TensorStore(arguments.model)

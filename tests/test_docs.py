@@ -15,7 +15,7 @@ from click.testing import CliRunner
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
-DOCUMENTS += ["docs/design.md", "docs/evaluation.md"]
+DOCUMENTS += ["docs/design.md", "docs/evaluation.md", "docs/accuracy.md"]
 COMMANDS = ("marlin-quantize", "marlin-eval")
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from marlin_gptq import InputError, QuantizationConfig, QuantizationError, quantize_model
 from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.pipeline import tuned_sizes
 from marlin_gptq.quantization.distillation import divergence
 from marlin_gptq.quantization.gptq import rtn_quantize
 from marlin_gptq.quantization.tunable import TunableWeight
@@ -213,6 +214,12 @@ def test_too_little_memory_is_one_sentence() -> None:
         plan(LLAMA_7B, batch=1, length=1024, tune_codes=False, free=4 * 10**9)
 
 
+def test_sizes_known_beforehand_are_those_of_the_student(pair: tuple) -> None:
+    before = tuned_sizes(pair[0], QuantizationConfig(group_size=64))
+    assert before == student_of(pair).sizes()
+    assert before.weights == 2 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 256)
+
+
 # The stage
 
 
@@ -225,12 +232,13 @@ TUNED = QuantizationConfig.from_preset(
     tune_steps=20,
     tune_batch=4,
     tune_rate=3e-3,
+    tune_scale_rate=1e-3,
     tune_written=4,
 )
 
 
 def test_the_stage_writes_a_better_model(tmp_path: Path) -> None:
-    source = save_tiny_model(tmp_path / "source", attention_bias=True)
+    source = save_tiny_model(tmp_path / "source", attention_bias=True, initializer_range=0.1)
     events: list[ProgressEvent] = []
     samples = random_samples(30, longest=256)
     out = tmp_path / "out"

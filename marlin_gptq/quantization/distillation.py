@@ -42,6 +42,6 @@ class _Divergence(torch.autograd.Function):
         return total / tokens
 
     @staticmethod
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * (outer / ctx.tokens), None, None, None

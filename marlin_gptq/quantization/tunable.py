@@ -94,7 +94,7 @@ class _MovingCodes(torch.autograd.Function):
         return (_grouped(_nearest(position), scales) * scales[..., None]).reshape(position.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         position, scales = ctx.saved_tensors
         grouped = _grouped(gradient, scales)
         of_scales = (grouped * _grouped(_nearest(position), scales)).sum(-1)
@@ -110,6 +110,6 @@ class _FixedCodes(torch.autograd.Function):
         return (_grouped(codes.float(), scales) * scales[..., None]).reshape(codes.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         codes, scales = ctx.saved_tensors
         return None, (_grouped(gradient, scales) * _grouped(codes.float(), scales)).sum(-1)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from marlin_gptq.checkpoint import CheckpointWriter, TensorStore
-from marlin_gptq.config import TUNE_SHARE, QuantizationConfig
+from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Costs
 from marlin_gptq.modeling.architecture import read_config, require_finite
 from marlin_gptq.modeling.blocks import BlockStream
@@ -76,14 +76,13 @@ def tune_checkpoint(
         student = Student(model_dir, quantized_dir, tune_codes=config.tune_codes, length=length, device=device)
         before = mean_divergence(student, text[:judged], teacher[:judged])
         started_from = {name: layer.quantized().codes for name, layer in student.layers.items()}
-        share = TUNE_SHARE * config.tune_rate
         tune(
             student,
             text[learnt],
             teacher[learnt],
             steps=config.tune_steps,
             batch=config.tune_batch,
-            rates=Rates(scales=share, norms=share, codes=config.tune_rate),
+            rates=Rates(config.tune_scale_rate, config.tune_scale_rate, config.tune_rate),
             seed=seed,
             cut=planned(student, config, length, device),
             progress=tell("tune"),
@@ -146,7 +145,8 @@ def _written(
     from transformers import AutoModelForCausalLM
 
     dtype = "auto" if device.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
+    model = model.to(device).eval()
     batch = min(count, _WRITING_BATCH)
     if device.type == "cuda":
         heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads

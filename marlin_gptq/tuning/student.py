@@ -26,6 +26,7 @@ class TunableLinear(nn.Module):
     def __init__(self, weight: TunableWeight, bias: Tensor | None) -> None:
         super().__init__()
         self.tunable = weight
+        self.bias: Tensor | None
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,6 +38,7 @@ class _Relative(nn.Module):
 
     def __init__(self, start: Tensor) -> None:
         super().__init__()
+        self.start: Tensor
         self.register_buffer("start", start.clone())
 
     def forward(self, shift: Tensor) -> Tensor:
