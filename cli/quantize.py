@@ -137,6 +137,7 @@ def _quantize(
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
     changes = techniques.changes(chosen) | ({} if damp is None else {"damp_percent": damp})
+    preset = preset if method == "gptq" else "marlin"  # rounding has no recipe
     config = QuantizationConfig.from_preset(preset, group_size=int(group_size), method=method, skip=skip, **changes)
     shard_bytes = options.parse_size(shard_size)
     require_free_name(output, overwrite)

@@ -5,6 +5,7 @@ for each decoder block, alone on the device:
     run the samples through it and sum the Hessian of each distinct input of its linears
     quantize the linears, pack them, write them
     run the samples through the quantized block: the inputs of the next one
+then, if the recipe says so, the whole model is tuned end to end (tuning/stage.py)
 """
 
 from __future__ import annotations
@@ -231,7 +232,8 @@ class _Run:
         return cast
 
     def embed(self, samples: list[Tensor]) -> list[Tensor]:
-        """Block 0's inputs, [1, T, hidden] each, on the device if half of its free memory holds them."""
+        """Block 0's inputs, [B, T, hidden] each (B is 1 for documents), on the device if half of its free memory holds
+        them."""
         vocabulary = self.stream.config.vocab_size
         place = self._place(sum(sample.numel() for sample in samples))
         hidden = []

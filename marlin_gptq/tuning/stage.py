@@ -84,7 +84,7 @@ def tune_checkpoint(
             batch=config.tune_batch,
             rates=Rates(config.tune_scale_rate, config.tune_scale_rate, config.tune_rate),
             seed=seed,
-            cut=planned(student, config, length, device),
+            cut=planned(student, config, length, device, teacher),
             progress=tell("tune"),
         )
         after = mean_divergence(student, text[:judged], teacher[:judged])
@@ -120,16 +120,20 @@ def tune_checkpoint(
     return report
 
 
-def planned(student: Student, config: QuantizationConfig, length: int, device: torch.device) -> Plan:
-    """How a step is cut up on this device; on a CPU one window at a time, which keeps it in its caches."""
+def planned(student: Student, config: QuantizationConfig, length: int, device: torch.device, teacher: Tensor) -> Plan:
+    """How a step is cut up on this device; on a CPU one window at a time, which keeps it in its caches.
+
+    The student, which is on the device already, is counted in what is needed; the teacher's hidden states are not.
+    """
     if device.type != "cuda":
         return Plan(1, False, 0)
+    held = teacher.numel() * teacher.itemsize if teacher.is_cuda else 0
     return plan(
         student.sizes(),
         batch=config.tune_batch,
         length=length,
         tune_codes=config.tune_codes,
-        free=torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device),
+        free=torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held,
     )
 
 
