@@ -11,10 +11,10 @@ import click
 
 from marlin_gptq import __version__
 from marlin_gptq.checkpoint import read_json, resolve_model
-from marlin_gptq.cli import failures, options, processes
+from marlin_gptq.cli import failures, options, processes, techniques
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.resume import go_on, keeping, options_of, resumed
-from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.config import DEFAULT_PRESET, PRESETS, QuantizationConfig
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.output_directory import LOG_FILE
@@ -25,10 +25,12 @@ EXAMPLES = """\b
 Examples:
   marlin-quantize meta-llama/Llama-2-7b-hf --wbits 4 -o llama-2-7b-marlin
   marlin-quantize ./my-llama --wbits 4 -o my-llama-marlin --dataset texts.jsonl --group-size 64
-  marlin-quantize examples/tiny-llama --wbits 4 -o tiny-marlin --dataset demo    (needs no network)
+  marlin-quantize examples/tiny-llama --wbits 4 -o tiny-marlin --dataset demo --preset marlin    (no network, no GPU)
+  marlin-quantize ./my-llama -o my-llama-marlin --preset best    (tunes the whole model end to end: more accurate)
+  marlin-quantize ./my-llama -o my-llama-marlin --preset best --tune-steps 0    (all of best but the tuning)
   marlin-quantize ./my-llama --wbits 4 -o my-llama-w4a16 --format compressed-tensors    (for vLLM, SGLang)
-  marlin-quantize ./my-llama -o my-llama-marlin --work-dir work     (keeps every finished block in ./work)
-  marlin-quantize --resume work                                     (goes on with that run after an interruption)
+  marlin-quantize ./my-llama -o my-llama-marlin --preset marlin --work-dir work    (keeps finished blocks in ./work)
+  marlin-quantize --resume work    (goes on with that run after an interruption)
 
 Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama-2-7b-hf
 """
@@ -50,7 +52,9 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
     show_default=True,
     help="Input features that share a scale; -1 is the whole row.",
 )
-@click.option("--damp", type=float, default=0.1, show_default=True, help="Damping over the Hessian's mean diagonal.")
+@click.option(
+    "--damp", type=float, default=None, help="Damping over the Hessian's mean diagonal.  [default: the preset's]"
+)
 @click.option("--n-samples", type=click.IntRange(1), default=256, show_default=True, help="Calibration documents.")
 @click.option(
     "--seq-len",
@@ -81,11 +85,13 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
 )
 @click.option(
     "--preset",
-    type=click.Choice(["marlin"]),
-    default="marlin",
+    type=click.Choice(list(PRESETS)),
+    default=DEFAULT_PRESET,
     show_default=True,
-    help="Recipe; marlin is that of the original Marlin repository.",
+    help="Recipe: best tunes the whole model and needs it in the device's memory, fast tunes for a short time, "
+    "marlin is that of the original Marlin repository. The options below change single steps of it.",
 )
+@techniques.options
 @click.option(
     "--format",
     "to",
@@ -94,8 +100,6 @@ Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama
     show_default=True,
     help="Format of OUTPUT; gptq and awq hold float16 scales only, so that --dtype auto is float16 with them.",
 )
-@click.option("--no-clip", is_flag=True, help="Do not search for clipped scales.")
-@click.option("--true-sequential", is_flag=True, help="Calibrate on the quantized linears before.")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float16", "bfloat16"]),
@@ -185,7 +189,7 @@ def _quantize(
     output: Path,
     wbits: int,
     group_size: str,
-    damp: float,
+    damp: float | None,
     n_samples: int,
     seq_len: int | None,
     dataset: str,
@@ -194,8 +198,6 @@ def _quantize(
     method: str,
     preset: str,
     to: str,
-    no_clip: bool,
-    true_sequential: bool,
     dtype: str,
     skip: tuple[str, ...],
     config_file: Path | None,
@@ -210,22 +212,23 @@ def _quantize(
     offline: bool,
     as_json: bool,
     debug: bool,
+    **chosen: Any,
 ) -> None:
     display = Display(silent=not team.leads)
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
-    config = QuantizationConfig(
-        group_size=int(group_size),
-        method=method,
-        preset=preset,
-        damp_percent=damp,
-        clip=not no_clip,
-        true_sequential=true_sequential,
-        skip=skip,
-        overrides=read_overrides(config_file) if config_file else (),
-    )
     settings = team.from_leader(work.arguments["settings"] if work is not None else None)
-    if settings is not None:
+    if settings is None:
+        changes = techniques.changes(chosen) | ({} if damp is None else {"damp_percent": damp})
+        config = QuantizationConfig.from_preset(
+            preset if method == "gptq" else "marlin",  # rounding has no recipe
+            group_size=int(group_size),
+            method=method,
+            skip=skip,
+            overrides=read_overrides(config_file) if config_file else (),
+            **changes,
+        )
+    else:
         config = QuantizationConfig.from_dict(settings)
         if team.from_leader(work is not None and to == "marlin" and work.finished(output)):
             display.say(f"finished already: {output}; the work directory can be removed")
@@ -248,6 +251,8 @@ def _quantize(
             shard_size=shard_bytes,
             spill=place,
             limit=limit,
+            kept=work is not None or work_dir is not None,
+            processes=team.size,
         )
         click.echo(json.dumps({"model": model} | found) if as_json else dry.shown(found))
         return
@@ -256,7 +261,8 @@ def _quantize(
     from marlin_gptq.calibration import DEFAULT_SEQ_LEN, sequence_length
     from marlin_gptq.conversion.convert import HALF_SCALES
     from marlin_gptq.conversion.export import convert_staged, require_exportable, staging_directory
-    from marlin_gptq.pipeline import quantize_model, require_quantizable, result_dtype
+    from marlin_gptq.pipeline import quantize_model
+    from marlin_gptq.requirements import require_quantizable, result_dtype
 
     options.quiet_libraries(display.say)
     half = to in HALF_SCALES and dtype == "auto"
@@ -265,7 +271,10 @@ def _quantize(
     model_dir = resolve_model(model, revision=revision, offline=offline)
     if output.exists() and output.samefile(model_dir):
         raise InputError(f"{output}: is the model itself; give another --output")
-    require_quantizable(model_dir, output, config, target)
+    require_quantizable(
+        model_dir, output, config, target,
+        device=where, kept=work is not None or work_dir is not None, processes=team.size, limited=limit is not None,
+    )  # fmt: skip
     for warning in require_exportable(model_dir, config, to, result_dtype(model_dir, target)):
         display.say(f"warning: {warning}")
 
@@ -290,7 +299,8 @@ def _quantize(
         if kept is not None:
             kept.arguments["calibration"] = calibration
         into = output if to == "marlin" else staging_directory(output)
-        display.say(f"quantizing {model} on {where.type}: {method}, 4 bits, group size {group_size}")
+        recipe = f"gptq, preset {config.preset}" if method == "gptq" else method
+        display.say(f"quantizing {model} on {where.type}: {recipe}, 4 bits, group size {config.group_size}")
         with display.quantizing() as progress:
             report = quantize_model(
                 model_dir,
@@ -346,6 +356,12 @@ def summary(report: Any, to: str = "marlin") -> str:
             f"error      mean {report.mean_relative_error:.5f}, worst {report.worst.relative_error:.5f} "
             f"({report.worst.name})",
         ]
+    if report.tuning is not None:
+        tuning = report.tuning
+        lines.append(
+            f"tuning     KL {tuning['kl_before']:.5f} -> {tuning['kl_after']:.5f} on "
+            f"{tuning['windows_judged']} windows kept aside" + ("" if tuning["kept"] else ": not kept")
+        )
     lines += [
         f"time       {options.show_time(report.seconds)} on {report.device}",
         f"next       marlin-eval perplexity {report.output}" if to == "marlin" else "next       docs/serving.md",

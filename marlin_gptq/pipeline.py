@@ -5,6 +5,7 @@ for each decoder block, alone on the device:
     run the samples through it and sum the Hessian of each distinct input of its linears
     quantize the linears, pack them, write them
     run the samples through the quantized block: the inputs of the next one
+then, if the recipe says so, the whole model is tuned end to end (tuning/stage.py)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,53 +22,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_gptq.checkpoint import CheckpointWriter, TensorStore, require_space
+from marlin_gptq.checkpoint import CheckpointWriter, require_space, staging_directory
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.costs import Costs
 from marlin_gptq.distributed import Team, share_out
 from marlin_gptq.errors import InputError, QuantizationError
 from marlin_gptq.estimates import Job, Plan, hessian_passes, plan_within
 from marlin_gptq.modeling.activations import Activations
-from marlin_gptq.modeling.architecture import (
-    block_linears,
-    linear_names,
-    read_config,
-    require_divisible,
-    require_finite,
-    require_full_precision,
-)
-from marlin_gptq.modeling.blocks import BlockStream, return_free_memory, stored_dtype
+from marlin_gptq.modeling.architecture import read_config, require_finite, require_full_precision
+from marlin_gptq.modeling.blocks import BlockStream, return_free_memory
 from marlin_gptq.modeling.install import install_block
-from marlin_gptq.modeling.linear import pack, padded_features
-from marlin_gptq.modeling.observe import Calibrated, Groups, collect_hessians, stages
+from marlin_gptq.modeling.linear import pack
+from marlin_gptq.modeling.observe import Calibrated, Groups, collect_cross, collect_hessians, full_precision, stages
 from marlin_gptq.modeling.outline import outline
 from marlin_gptq.output_directory import write_companions
-from marlin_gptq.overrides import require_matches
-from marlin_gptq.quantization.gptq import gptq_quantize, rtn_quantize
-from marlin_gptq.quantization.hessian import Factor, NotPositiveDefinite, factor, relative_error
-from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, join_rows
+from marlin_gptq.quantization.gptq import rtn_quantize
+from marlin_gptq.quantization.hessian import Cross, NotPositiveDefinite, relative_error
+from marlin_gptq.quantization.solve import Prepared, prepare, solve
+from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group
 from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport, linear_record
+from marlin_gptq.requirements import (
+    has_experts,
+    linears_of,
+    output_bytes,
+    require_combination,
+    require_quantizable,
+    result_dtype,
+)
+from marlin_gptq.tuning.stage import tune_checkpoint
+from marlin_gptq.tuning.text import packed
 from marlin_gptq.work_directory import WorkDirectory, model_digest
 
 logger = logging.getLogger(__name__)
 
 ALONE = Team()
-
-
-def require_quantizable(
-    model_dir: Path, output: Path, config: QuantizationConfig, dtype: torch.dtype | None = None
-) -> None:
-    """What can be known before any work, from config and file headers: InputError for a model that cannot be
-    quantized as asked, CheckpointError if the result would not fit on the disk of `output`."""
-    require_full_precision(model_dir, read_config(model_dir))
-    stream = BlockStream(model_dir, device=torch.device("cpu"))
-    size = _output_bytes(stream, _linears_of(stream, config), config, result_dtype(model_dir, dtype))
-    require_space(output, size)
-
-
-def result_dtype(model_dir: Path, asked: torch.dtype | None) -> torch.dtype:
-    """The dtype of the result: as asked, else that of the checkpoint; float32 becomes float16."""
-    stored = stored_dtype(TensorStore(model_dir), quantized=False)
-    return asked or (stored if stored in (torch.float16, torch.bfloat16) else torch.float16)
 
 
 def quantize_model(
@@ -108,14 +96,34 @@ def quantize_model(
     if config.method == "gptq" and not samples:
         raise InputError("samples: got none, GPTQ needs calibration text; use method rtn to round without it")
     require_full_precision(model_dir, read_config(model_dir))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if config.tunes:
+        require_quantizable(
+            model_dir, output, config, dtype,
+            device=device, kept=work is not None, processes=team.size, limited=max_gpu_memory is not None,
+        )  # fmt: skip
+        with staging_directory(output, overwrite) as staging:
+            first = quantize_model(
+                model_dir, staging / output.name, replace(config, tune_steps=0), samples,
+                device=device, dtype=dtype, shard_size=shard_size, base_model=base_model, calibration=calibration,
+                progress=progress, spill=spill,
+            )  # fmt: skip
+            return tune_checkpoint(
+                model_dir, first.output, output, first, config, samples,
+                device=device, shard_size=shard_size, overwrite=overwrite, progress=progress,
+            )  # fmt: skip
     target = result_dtype(model_dir, dtype)
     stream = BlockStream(model_dir, device=device, dtype=target if device.type == "cuda" else torch.float32)
-    linears = _linears_of(stream, config)
-    size = _output_bytes(stream, linears, config, target)
+    linears = linears_of(stream, config)
+    limited = max_gpu_memory is not None
+    require_combination(
+        config, kept=work is not None, processes=team.size, limited=limited, experts=has_experts(stream)
+    )
+    size = output_bytes(stream, linears, config, target)
     require_space(output, size)
-    own = _own_samples(samples if config.method == "gptq" else [], team)
+    passing = samples if config.method == "gptq" else []
+    if passing and config.pack:
+        passing = packed(samples, getattr(stream.config, "max_position_embeddings", None))
+    own = _own_samples(passing, team)
     job = job_of(own, config, stream.dtype, shard_size)
     plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory))
     if work is not None:
@@ -123,12 +131,14 @@ def quantize_model(
         shared = {"rows at once": plan.rows, "processes": team.size}
         work.begin(_facts(model_dir, config, target, shard_size, device) | shared, samples)
     disk = work.directory if work else output.absolute().parent
-    run = _Run(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team)
+    run = _Run(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team, Costs(device))
     name = work.id if work else None
     # Only the first process writes.
     writing = CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, run=name) if team.leads else None
     with writing or nullcontext() as writer:
         hidden = run.embed(own)
+        if config.correct_target and config.method == "gptq":
+            run.full = run.copied(hidden)
         if writer is not None:
             run.copy_outer(writer)
         for index, names in enumerate(linears):
@@ -154,8 +164,9 @@ def quantize_model(
             seconds=time.perf_counter() - started,
             bytes_before=sum(stream.store.size(name) for name in stream.store.names if name not in set(unknown)),
             bytes_after=size,
-            peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            peak_gpu_bytes=run.costs.peak_gpu_bytes(),
             unknown_tensors=unknown,
+            costs=run.costs.by_name,
             records=run.records,
         )
         if writer is not None:
@@ -171,20 +182,13 @@ def _own_samples(samples: list[Tensor], team: Team) -> list[Tensor]:
         raise InputError(
             f"samples: got {len(samples)} for {team.size} processes; give at least one for each, or use fewer processes"
         )
-    return team.mine(samples, [float(len(sample)) for sample in samples])
+    return team.mine(samples, [float(sample.numel()) for sample in samples])
 
 
 def job_of(samples: list[Tensor], config: QuantizationConfig, dtype: torch.dtype, shard_size: int) -> Job:
     """The run over these samples, for estimates of it."""
-    lengths = [len(sample) for sample in samples]
-    return Job(
-        tokens=sum(lengths),
-        longest=max(lengths, default=0),
-        compute_bytes=dtype.itemsize,
-        shard_size=shard_size,
-        clip=config.clip,
-        true_sequential=config.true_sequential,
-    )
+    sizes = [sample.numel() for sample in samples]
+    return Job.of(config, sum(sizes), max(sizes, default=0), dtype.itemsize, shard_size)
 
 
 def _plan(
@@ -222,36 +226,6 @@ def _facts(
     }
 
 
-def _linears_of(stream: BlockStream, config: QuantizationConfig) -> list[dict[str, nn.Linear]]:
-    """The linears to quantize, block by block; InputError if a group does not fit or there is nothing to do."""
-    linears = []
-    for index in range(stream.n_blocks):
-        linears.append(block_linears(stream.block_module(index), stream.block_name(index), config))
-        require_divisible(linears[-1], config)
-    blocks = [(stream.block_module(index), stream.block_name(index)) for index in range(stream.n_blocks)]
-    require_matches(config, [name for block in blocks for name in linear_names(*block)])
-    if not any(linears):
-        patterns = [*config.skip, *(rule.match for rule in config.overrides if rule.bits == 16)]
-        raise InputError(f"skip: {', '.join(patterns)} leaves no linear to quantize")
-    return linears
-
-
-def _output_bytes(
-    stream: BlockStream, linears: list[dict[str, nn.Linear]], config: QuantizationConfig, target: torch.dtype
-) -> int:
-    """Bytes of all tensors of the result, exactly; safetensors headers and small files come on top."""
-    replaced = {name: linear for block in linears for name, linear in block.items()}
-    size = 0
-    for name, linear in replaced.items():
-        k, n = padded_features(linear.in_features, linear.out_features)
-        groups = linear.in_features // columns_per_group(linear.in_features, config.group_size_of(name))
-        size += k * n // 2 + groups * n * target.itemsize
-    for name, elements in stream.elements():
-        if name.removesuffix(".weight") not in replaced:
-            size += elements * target.itemsize
-    return size
-
-
 @dataclass
 class _Run:
     """What every step of one quantization shares."""
@@ -265,9 +239,13 @@ class _Run:
     plan: Plan
     disk: Path
     team: Team
+    costs: Costs
     records: list[LinearRecord] = field(default_factory=list)
     quantized: list[tuple[nn.Linear, QuantizedWeight]] = field(default_factory=list)
     solved: int = 0
+    # For correct_target only: the samples after full-precision blocks, and a pass's sums against those that arrive.
+    full: Activations | None = None
+    crosses: dict[str, Cross] = field(default_factory=dict)
 
     def report(self, stage: str, block: int, linear: str | None, error: float | None) -> None:
         if self.progress is not None:
@@ -284,10 +262,30 @@ class _Run:
         return cast
 
     def embed(self, samples: list[Tensor]) -> Activations:
-        """Block 0's inputs, [1, T, hidden] each, where the plan keeps them."""
+        """Block 0's inputs, [B, T, hidden] each (B is 1 for documents), where the plan keeps them."""
         vocabulary = self.stream.config.vocab_size
-        hidden = Activations(
-            [len(sample) for sample in samples],
+        hidden = self._activations([(sample.numel() // sample.shape[-1], sample.shape[-1]) for sample in samples])
+        for position, sample in enumerate(samples):
+            if int(sample.max()) >= vocabulary or int(sample.min()) < 0:
+                raise InputError(
+                    f"token {int(sample.max())} is outside the model's vocabulary of {vocabulary}: the tokenizer "
+                    "does not belong to this model"
+                )
+            hidden.put(position, self.stream.embed(sample.reshape(-1, sample.shape[-1])))
+        self.stream.release()
+        return_free_memory()
+        return hidden
+
+    def copied(self, hidden: Activations) -> Activations:
+        """The same activations once more, in the same kind of place."""
+        copy = self._activations(hidden.shapes)
+        for position, inputs in enumerate(hidden):
+            copy.put(position, inputs)
+        return copy
+
+    def _activations(self, shapes: list[tuple[int, int]]) -> Activations:
+        return Activations(
+            shapes,
             self.stream.config.hidden_size,
             self.stream.dtype,
             self.stream.device,
@@ -295,16 +293,6 @@ class _Run:
             directory=self.disk,
             tracked=self.team.from_leader(self.work is not None),
         )
-        for position, sample in enumerate(samples):
-            if int(sample.max()) >= vocabulary or int(sample.min()) < 0:
-                raise InputError(
-                    f"token {int(sample.max())} is outside the model's vocabulary of {vocabulary}: the tokenizer "
-                    "does not belong to this model"
-                )
-            hidden.put(position, self.stream.embed(sample.unsqueeze(0)))
-        self.stream.release()
-        return_free_memory()
-        return hidden
 
     def copy_outer(self, writer: CheckpointWriter) -> None:
         """Write the tensors outside the blocks as they are."""
@@ -320,29 +308,34 @@ class _Run:
         with self.stream.block(index) as block:
             prefix = self.stream.block_name(index)
             linears = {name: _linear(block, name.removeprefix(f"{prefix}.")) for name in names}
-            tensors = self._finished_before(index, block, linears, hidden)
+            digest = self._digest(hidden)
+            tensors = self._finished_before(index, block, linears, digest)
             if tensors is None:
                 first = len(self.records)
                 tensors = self._quantize_block(index, block, linears, hidden)
-                if hidden.tracked:
-                    digest = self.team.digest(hidden.digest())
+                if self.work is not None and digest is not None:
                     record = {"linears": [asdict(linear) for linear in self.records[first:]]}
-                    if self.work is not None:
-                        self.work.put(step_name(index), digest, tensors, record)
+                    self.work.put(step_name(index), digest, tensors, record)
             if index + 1 < self.stream.n_blocks:
                 for position, inputs in enumerate(hidden):
                     hidden.put(position, self.stream.run(index, inputs))
             return tensors
 
-    def _finished_before(
-        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], hidden: Activations
-    ) -> dict[str, Tensor] | None:
+    def _digest(self, hidden: Activations) -> str | None:
+        """Of all that a block's result depends on beside its weights; None if no work directory asks for it."""
         if not hidden.tracked:
             return None
-        digest = self.team.digest(hidden.digest())
+        return self.team.digest(hidden.digest() + ("" if self.full is None else self.full.digest()))
+
+    def _finished_before(
+        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], digest: str | None
+    ) -> dict[str, Tensor] | None:
+        if digest is None:
+            return None
         step = self.team.from_leader(None if self.work is None else self.work.get(step_name(index), digest))
         if step is None:
             return None
+        self._advance_full(index)
         sizes = {name: self.config.group_size_of(name) for name in linears}
         install_block(block, self.stream.block_name(index), linears, step.tensors, sizes)
         for record in step.record["linears"]:
@@ -355,6 +348,7 @@ class _Run:
     ) -> dict[str, Tensor]:
         self.report("calibrate", index, None, None)
         packed: dict[str, Tensor] = {}
+        originals = {} if self.full is None else {name: linear.weight.data for name, linear in linears.items()}
         if self.config.method == "rtn":
             self._quantize(index, [[name] for name in linears], linears, Calibrated({}), packed)
             self.quantized.clear()  # nothing runs through the block any more
@@ -363,16 +357,44 @@ class _Run:
             together = [[group for groups in in_order for group in groups]]
             for stage in in_order if self.config.true_sequential else together:
                 for groups in self._passes(stage, linears):
-                    found = collect_hessians(self.stream, index, groups, linears, hidden, self.team.add_up)
-                    self._warn_of_starved(found)
+                    found = self._calibrate(index, groups, linears, originals, hidden)
                     self._quantize(index, groups, linears, found, packed)
                 self._replace_weights()
+        with full_precision({name: linears[name] for name in originals}, originals):
+            self._advance_full(index)
         kept = {
             name: self.stored(name, tensor)
             for name, tensor in _named_tensors(block, self.stream.block_name(index))
             if name.removesuffix(".weight") not in linears
         }
         return kept | packed
+
+    def _calibrate(
+        self,
+        index: int,
+        groups: Groups,
+        linears: dict[str, nn.Linear],
+        originals: dict[str, Tensor],
+        hidden: Activations,
+    ) -> Calibrated:
+        cap = self.config.token_cap
+        with self.costs.measure("hessians"):
+            found = collect_hessians(self.stream, index, groups, linears, hidden, self.team.add_up, cap)
+        self._warn_of_starved(found)
+        if self.full is not None:
+            with self.costs.measure("correct target"):
+                self.crosses = collect_cross(
+                    self.stream, index, groups, linears, originals, hidden, self.full, self.team.add_up, cap
+                )
+        return found
+
+    def _advance_full(self, index: int) -> None:
+        """The full-precision stream through block `index`, which must have its own weights now."""
+        if self.full is None or index + 1 == self.stream.n_blocks:
+            return
+        with self.costs.measure("correct target"):
+            for position, inputs in enumerate(self.full):
+                self.full.put(position, self.stream.run(index, inputs))
 
     def _passes(self, stage: Groups, linears: dict[str, nn.Linear]) -> list[Groups]:
         """The groups of a stage in as many passes as their Hessians' memory asks for."""
@@ -429,19 +451,25 @@ class _Run:
         self, index: int, group: list[str], linears: dict[str, nn.Linear], calibrated: Calibrated
     ) -> tuple[dict[str, QuantizedWeight], list[LinearRecord]]:
         return_free_memory()
-        started = time.perf_counter()
-        hessian, found = None, Factor(torch.empty(0), 0.0)
-        if self.config.method == "gptq":
-            hessian, found = self._factor(group, calibrated)
-        shared = (time.perf_counter() - started) / len(group)
+        hessian = self._hessian(group, calibrated) if self.config.method == "gptq" else None
+        cross = self.crosses[group[0]].mean() if self.crosses else None
         parts: dict[str, QuantizedWeight] = {}
         records: list[LinearRecord] = []
         for names in self._of_one_group_size(group):
             return_free_memory()
             started = time.perf_counter()
+            group_size = self.config.group_size_of(names[0])
+            prepared = None if hessian is None else self._prepare(names, hessian, group_size)
+            return_free_memory()
             # Rows are independent: linears of one input are solved as one tall weight under one Hessian.
             weight = torch.cat([self._weight(name, linears[name]) for name in names])
-            quantized = self._solve(weight, found.upper, self.config.group_size_of(names[0]))
+            if prepared is None:
+                quantized = rtn_quantize(weight, group_size=group_size, scale_dtype=self.target)
+            else:
+                quantized = solve(
+                    weight, prepared, self.config, self.target, cross=cross, rows=self.plan.rows, costs=self.costs
+                )
+            damp_percent = 0.0 if prepared is None else prepared.damp_percent
             seconds = time.perf_counter() - started
             row = 0
             for name in names:
@@ -449,10 +477,10 @@ class _Run:
                 row = rows.stop
                 part = quantized.rows(rows.start, rows.stop)
                 error = relative_error(weight[rows], part.dequantize(), hessian)
-                share = shared + seconds * linears[name].out_features / weight.shape[0]
+                share = seconds * linears[name].out_features / weight.shape[0]
                 tokens = calibrated.tokens.get(group[0], 0)
                 parts[name] = part
-                records.append(linear_record(name, index, part, error, found.damp_percent, share, tokens))
+                records.append(linear_record(name, index, part, error, damp_percent, share, tokens))
                 self.solved += 1
                 self.report("quantize", index, name, error)
         return parts, records
@@ -460,23 +488,6 @@ class _Run:
     def _of_one_group_size(self, group: list[str]) -> Groups:
         sizes = dict.fromkeys(map(self.config.group_size_of, group))
         return [[name for name in group if self.config.group_size_of(name) == size] for size in sizes]
-
-    def _solve(self, weight: Tensor, upper: Tensor, group_size: int) -> QuantizedWeight:
-        if self.config.method == "rtn":
-            return rtn_quantize(weight, group_size=group_size, scale_dtype=self.target)
-        return join_rows(
-            [
-                gptq_quantize(
-                    rows,
-                    upper,
-                    group_size=group_size,
-                    scale_dtype=self.target,
-                    block_size=self.config.block_size,
-                    clip=self.config.clip,
-                )
-                for rows in weight.split(self.plan.rows or len(weight))
-            ]
-        )
 
     def _warn_of_starved(self, found: Calibrated) -> None:
         if found.filled and self.team.leads:
@@ -494,22 +505,27 @@ class _Run:
         require_finite(f"{name}.weight", linear.weight.to(self.target), f"they overflow {self.target}")
         return linear.weight.float()
 
-    def _factor(self, group: list[str], calibrated: Calibrated) -> tuple[Tensor, Factor]:
+    def _hessian(self, group: list[str], calibrated: Calibrated) -> Tensor:
         try:
-            hessian = calibrated.hessians[group[0]].mean()
-            found = factor(hessian, self.config.damp_percent)
-        except NotPositiveDefinite as error:
-            raise QuantizationError(f"{group[0]}: {error}; use more or other calibration text") from error
+            return calibrated.hessians[group[0]].mean()
         except ValueError as error:
-            raise QuantizationError(f"{group[0]}: {error}; try --dtype bfloat16") from error
-        if found.damp_percent != self.config.damp_percent:
+            raise QuantizationError(f"{group[0]}: {error}; use more or other calibration text") from error
+
+    def _prepare(self, names: list[str], hessian: Tensor, group_size: int) -> Prepared:
+        try:
+            prepared = prepare(hessian, self.config, group_size, self.costs)
+        except NotPositiveDefinite as error:
+            raise QuantizationError(f"{names[0]}: {error}; use more or other calibration text") from error
+        except ValueError as error:
+            raise QuantizationError(f"{names[0]}: {error}; try --dtype bfloat16") from error
+        if prepared.damp_percent != self.config.damp_percent:
             logger.warning(
                 "%s: the Hessian was not positive definite, damping raised from %g to %g",
-                ", ".join(group),
+                ", ".join(names),
                 self.config.damp_percent,
-                found.damp_percent,
+                prepared.damp_percent,
             )
-        return hessian, found
+        return prepared
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:

@@ -40,7 +40,7 @@ def wrapper(width: int, dtype: str, ptx_type: str) -> str:
     count = width // 2
     registers = [f"%{i}" for i in range(count)]
     lines = [", ".join(registers[i : i + 16]) for i in range(0, count, 16)]
-    listing = ", \"\n            \"".join(lines)
+    listing = ', "\n            "'.join(lines)
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     a = ", ".join(f"%{count + i}" for i in range(4))
     return f"""

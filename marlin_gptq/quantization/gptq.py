@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from marlin_gptq.quantization.grid import clipped_scale, full_scale
+from marlin_gptq.quantization.grid import clipped_scale, full_scale, signed_scale, stored_scale
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, round_to_codes
 
 
@@ -23,11 +23,20 @@ def gptq_quantize(
     scale_dtype: torch.dtype,
     block_size: int = 128,
     clip: bool = True,
+    signed: bool = False,
+    hessian: Tensor | None = None,
+    scales_of_columns: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize weight [out_features, in_features] (any float dtype) under `upper`, the factor U of `hessian.factor`.
 
     A group's scale is found when its first column is reached, from the weights as compensated so far, rounded to
     `scale_dtype`, and only then are codes chosen. Raises ValueError if the groups do not fill the row.
+
+    signed   let scales be negative (`grid.signed_scale`).
+    hessian  the damped H, [in_features, in_features]: clipping is then judged under its plain blocks instead of the
+             conditional ones, that is, as if no later column could make up for an error.
+    scales_of_columns  [out_features, in_features] in `scale_dtype`: steps fixed beforehand; none is searched, and the
+             scales of the result are those of each group's first column.
     """
     out_features, in_features = weight.shape
     columns = columns_per_group(in_features, group_size)
@@ -48,12 +57,20 @@ def gptq_quantize(
                 end = column + columns
                 # A group longer than the block reaches into columns that all earlier blocks have compensated.
                 ahead = remaining[:, column:end] if end > stop else block[column - start : end - start].t()
-                if clip:
-                    found = clipped_scale(ahead, upper[column:end, column:end], scale_dtype)
+                if scales_of_columns is not None:
+                    found = scales_of_columns[:, column : column + 1]
+                elif clip:
+                    whitener = None if hessian is None else torch.linalg.cholesky(hessian[column:end, column:end])
+                    square = upper[column:end, column:end]
+                    found = clipped_scale(ahead, square, scale_dtype, signed=signed, whitener=whitener)
+                elif signed:
+                    found = stored_scale(signed_scale(ahead), scale_dtype)
                 else:
                     found = full_scale(ahead, scale_dtype)
                 scales[:, group] = found.squeeze(1)
                 step = found.squeeze(1).float()
+            if scales_of_columns is not None:
+                step = scales_of_columns[:, column].float()
             original = block[column - start]
             code = round_to_codes(original, step)
             codes[:, column] = code

@@ -13,7 +13,7 @@ from marlin_gptq.quantization.weight import round_to_codes
 
 # p = 1, 0.99, …, 0.25, as the original Marlin repository searches.
 CLIP_RATIOS = tuple(round(1 - 0.01 * step, 2) for step in range(76))
-# Scratch of the search: rows × columns × ratios tried at once, in elements of float32 (64 MiB).
+# Scratch of the search: rows × columns × candidates tried at once, in elements of float32 (64 MiB).
 SCRATCH_ELEMENTS = 1 << 24
 
 
@@ -26,36 +26,59 @@ def full_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the stored dtype before codes are chosen; never 0, Inf or subnormal, which no kernel need handle."""
+    """Round to the stored dtype before codes are chosen; never 0, Inf or subnormal, which no kernel need handle.
+
+    The sign stays: a negative scale turns the grid −8 … 7 round.
+    """
     limits = torch.finfo(dtype)
-    bounded = torch.where(scale == 0, torch.ones_like(scale), scale).clamp(limits.tiny, limits.max)
-    return bounded.to(dtype)
+    size = torch.where(scale == 0, torch.ones_like(scale), scale.abs()).clamp(limits.tiny, limits.max)
+    return size.copysign(torch.where(scale == 0, size, scale)).to(dtype)
 
 
-def clipped_scale(weight: Tensor, upper: Tensor, dtype: torch.dtype) -> Tensor:
+def signed_scale(weight: Tensor) -> Tensor:
+    """Per row of weight [rows, columns] the scale −extremum/8, which puts the largest weight on code −8 → [rows, 1].
+
+    The symmetric grid reaches −8 on one side and 7 on the other; the sign of the scale chooses which side the
+    extremum is on, so that the step is 1/8 of it instead of 2/15. Known as full-range symmetric quantization (Cheng
+    et al., "Optimize Weight Rounding via Signed Gradient Descent", arXiv 2309.05516, use it).
+    """
+    place = weight.abs().argmax(dim=1, keepdim=True)
+    return weight.gather(1, place).float() / -8
+
+
+def clipped_scale(
+    weight: Tensor, upper: Tensor, dtype: torch.dtype, *, signed: bool = False, whitener: Tensor | None = None
+) -> Tensor:
     """Per row the scale p·2·absmax/15 with the least ‖(Q(w) − w)·U⁻¹‖² → [rows, 1] in the stored dtype.
 
     weight  [rows, columns], the group as GPTQ sees it now (already compensated for earlier columns).
     upper   [columns, columns], the group's diagonal block of U: U⁻¹·U⁻ᵀ is the Hessian of the group given that
             the columns after it are free to compensate.
-    Of equal errors the largest p wins. Reference: the recipe of the original Marlin repository.
+    signed  try p times the `signed_scale` and p·absmax/7 as well.
+    whitener  another V in the place of U⁻¹: the error is then ‖(Q(w) − w)·V‖², for V·Vᵀ the Hessian of the group.
+    Of equal errors the first wins: the largest p, the unsigned grid. Reference: the recipe of the original Marlin
+    repository.
     """
     weight = weight.float()
     rows, columns = weight.shape
-    identity = torch.eye(columns, dtype=torch.float32, device=weight.device)
-    whitener = torch.linalg.solve_triangular(upper.float(), identity, upper=True)
-    full = weight.abs().amax(dim=1, keepdim=True) * (2 / 15)
+    if whitener is None:
+        identity = torch.eye(columns, dtype=torch.float32, device=weight.device)
+        whitener = torch.linalg.solve_triangular(upper.float(), identity, upper=True)
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    full = largest * (2 / 15)
+    bases = [full, signed_scale(weight), largest / 7] if signed else [full]
     ratios = torch.tensor(CLIP_RATIOS, dtype=torch.float32, device=weight.device)
+    candidates = torch.cat([base * ratios for base in bases], dim=1)
 
     best_error = torch.full((rows, 1), torch.inf, device=weight.device)
     best_scale = stored_scale(full, dtype)
     at_once = max(1, SCRATCH_ELEMENTS // max(1, rows * columns))
-    for chunk in ratios.split(at_once):
-        scales = stored_scale(full * chunk, dtype).t().unsqueeze(-1)  # [ratios, rows, 1]
+    for chunk in candidates.split(at_once, dim=1):
+        scales = stored_scale(chunk, dtype).t().unsqueeze(-1)  # [candidates, rows, 1]
         codes = round_to_codes(weight, scales)
         difference = (codes.float() - 8) * scales.float() - weight
-        errors = (difference @ whitener).square().sum(dim=-1)  # [ratios, rows]
-        error, index = errors.min(dim=0)  # the first of equals, hence the largest ratio
+        errors = (difference @ whitener).square().sum(dim=-1)  # [candidates, rows]
+        error, index = errors.min(dim=0)  # the first of equals
         better = error.unsqueeze(1) < best_error
         chosen = scales.squeeze(-1).gather(0, index.unsqueeze(0)).t()
         best_scale = torch.where(better, chosen, best_scale)
