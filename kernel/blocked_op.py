@@ -19,7 +19,8 @@ DECODE_TOKENS = 16  # up to here the decode family is the faster one
 
 _torch_library = torch.library.Library("marlin_gptq", "FRAGMENT")
 _torch_library.define(
-    "gemm_blocked(Tensor a, Tensor blocks, Tensor? scales, Tensor? bias, int n, int group_size, bool asymmetric) -> Tensor",
+    "gemm_blocked(Tensor a, Tensor blocks, Tensor? scales, Tensor? bias, int n, int group_size, bool asymmetric)"
+    " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
 
@@ -46,10 +47,9 @@ def gemm_blocked(
     → [M, N] of the dtype of a
 
     GPUs of compute capability 9.0 run a kernel on the current stream: sums in FP32, the same bits for the same
-    inputs. Up to 64 tokens, or with one scale per column, each weight is its code less the zero point, exactly;
-    otherwise (and with groups of 32 or 64 at any number of tokens) the weight times its scale is rounded to the dtype
-    of a first, as a dense weight would be. Elsewhere plain torch computes in float32. Raises TypeError (dtype) or ValueError
-    (shape, stride, device, group size), naming the argument.
+    inputs. With one scale per column, and with groups of 128 up to 32 tokens, scales multiply FP32 sums; otherwise
+    each weight is rounded to the dtype of a first, as a dense weight would be. Elsewhere plain torch computes in
+    float32. Raises TypeError (dtype) or ValueError (shape, stride, device, group size), naming the argument.
     """
     return torch.ops.marlin_gptq.gemm_blocked(a, blocks, scales, bias, n, group_size, asymmetric)
 

@@ -47,10 +47,10 @@ class BlockedPlanStruct(ctypes.Structure):
     """marlin_gptq_blocked_plan_t of capi.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("variant", "tile_m", "tile_n", "stages", "shared_bytes", "grid")),
+        *((name, ctypes.c_int32) for name in ("variant", "tile_m", "tile_n", "grid")),
         *((name, ctypes.c_int32) for name in ("m_tiles", "n_tiles", "k_tiles", "split_tiles", "split_blocks")),
         ("slot_bytes", ctypes.c_int64),
-        ("clocks", ctypes.c_double),
+        ("microseconds", ctypes.c_double),
         ("reason", ctypes.c_char_p),
     ]
 
@@ -96,7 +96,7 @@ def plan(
 def plan_blocked(
     m: int, n: int, k: int, group_size: int, *, asymmetric: bool = False, sms: int, choice: BlockedChoice | None = None
 ) -> dict[str, int | float | str]:
-    """How `gemm_blocked` would run a problem on a Hopper GPU; needs the library. ValueError for a bad shape or choice."""
+    """How `gemm_blocked` would run a problem; needs the library. ValueError for a bad shape or choice."""
     library = loaded()
     if library is None:
         raise RuntimeError(f"the kernel is not available: {status().reason}")

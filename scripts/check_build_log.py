@@ -5,7 +5,8 @@
 
 Exit code 1: spilled registers, arrays in local memory, notes C75xx (serialised wgmma, ignored setmaxnreg), or a kernel
 or architecture that the build should have compiled and the log does not show. The kernels expected are those of
-kernel/csrc/dispatch/variants.h; the architectures those of the nvcc commands in the log, or of --archs.
+kernel/csrc/dispatch/variants.h and, for sm_90a, of kernel/csrc/sm90/wgmma_variants.h; the architectures those of the
+nvcc commands in the log, or of --archs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 VARIANTS = Path(__file__).resolve().parents[1] / "kernel" / "csrc" / "dispatch" / "variants.h"
+WGMMA_VARIANTS = VARIANTS.parents[1] / "sm90" / "wgmma_variants.h"  # for WGMMA_ARCHITECTURE alone
+WGMMA_ARCHITECTURE = "sm_90a"
 DTYPES = ("f16", "bf16")  # in the order of DType in core/config.h
 GROUPS = ("column", "unit", "part")  # in the order of Groups in sm90/config.h
 SOURCES = ("marlin", "blocks")  # in the order of Source in sm90/config.h
@@ -28,6 +31,7 @@ _NOTE = re.compile(r".*\bC75\d\d\b.*")
 _GENCODE = re.compile(r"-gencode[= ]\S*code=(sm_\w+)")
 _NAME = re.compile(r"ConfigILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)ELb([01])ELi(\d+)E")
 _DECODE = re.compile(r"DecodeConfigILNS_5DTypeE(\d)ELNS\d?_\d?6SourceE(\d)ELi(\d+)ELNS\d?_\d?6GroupsE(\d)E")
+_WGMMA = re.compile(r"WgmmaConfigILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELNS\d?_\d?6GroupsE(\d)ELb([01])E")
 
 
 @dataclass
@@ -54,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         architectures = set(_GENCODE.findall(text))
     print_table(kernels)
-    problems = find_problems(text, kernels, architectures, expected_kernels(VARIANTS.read_text()))
+    expected = expected_kernels(VARIANTS.read_text())
+    problems = find_problems(text, kernels, architectures, expected, expected_wgmma(WGMMA_VARIANTS.read_text()))
     for problem in problems:
         print(f"build log: {problem}", file=sys.stderr)
     if not problems:
@@ -82,6 +87,9 @@ def readable(mangled: str) -> str:
     if decode := _DECODE.search(mangled):
         dtype, source, tile_m, groups = (int(part) for part in decode.groups())
         return decode_name(DTYPES[dtype], SOURCES[source], tile_m, GROUPS[groups])
+    if wgmma := _WGMMA.search(mangled):
+        dtype, tile_m, row_tiles, pairs, groups, zeros = (int(part) for part in wgmma.groups())
+        return wgmma_name(DTYPES[dtype], tile_m, row_tiles, pairs, GROUPS[groups], bool(zeros))
     found = _NAME.search(mangled)
     if not found:
         return mangled
@@ -95,6 +103,21 @@ def variant_name(dtype: str, tile_m: int, stages: int, grouped: bool) -> str:
 
 def decode_name(dtype: str, source: str, tile_m: int, groups: str) -> str:
     return f"decode {dtype} m{tile_m} {groups} from {source}"
+
+
+def wgmma_name(dtype: str, tile_m: int, row_tiles: int, pairs: int, groups: str, zeros: bool) -> str:
+    return f"wgmma {dtype} m{tile_m} rows{row_tiles} pairs{pairs} {groups} {'zeros' if zeros else 'symmetric'}"
+
+
+def expected_wgmma(variants: str) -> set[str]:
+    """The names of every variant in the table of wgmma_variants.h: each tile, for every kind of weight."""
+    return {
+        wgmma_name(dtype, int(tile_m), int(row_tiles), int(pairs), groups, zeros)
+        for tile_m, row_tiles, pairs in re.findall(r"X\((\d+), (\d+), (\d+), __VA_ARGS__\)", variants)
+        for dtype in DTYPES
+        for groups in GROUPS
+        for zeros in (False, True)
+    }
 
 
 def expected_kernels(variants: str) -> set[str]:
@@ -116,16 +139,19 @@ def expected_kernels(variants: str) -> set[str]:
     }
 
 
-def find_problems(text: str, kernels: list[Kernel], architectures: set[str], expected: set[str]) -> list[str]:
+def find_problems(
+    text: str, kernels: list[Kernel], architectures: set[str], expected: set[str], wgmma: set[str]
+) -> list[str]:
     """Everything that is wrong, one sentence each; empty for a good build."""
     problems = [line.strip() for line in text.splitlines() if _NOTE.match(line)]
     if not architectures:
         problems.append("no nvcc command names an architecture: is this the verbose log of a build?")
-    if not expected:
+    if not expected or not wgmma:
         problems.append(f"no variants found in {VARIANTS.name}")
     compiled = {(kernel.name, kernel.architecture) for kernel in kernels}
     for architecture in sorted(architectures):
-        missing = sorted(name for name in expected if (name, architecture) not in compiled)
+        wanted = expected | wgmma if architecture == WGMMA_ARCHITECTURE else expected
+        missing = sorted(name for name in wanted if (name, architecture) not in compiled)
         if missing:
             problems.append(f"{architecture}: not compiled: {', '.join(missing)}")
     for kernel in kernels:

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 TARGET = Path(__file__).resolve().parents[1] / "kernel" / "csrc" / "ptx" / "wgmma_shapes.cuh"
-WIDTHS = (16, 32, 64, 128, 256)
+WIDTHS = (16, 32, 64, 128)
 TYPES = {"f16": "f16", "bf16": "bf16"}
 
 HEAD = """\
@@ -46,7 +46,8 @@ def wrapper(width: int, dtype: str, ptx_type: str) -> str:
     return f"""
 template <>
 struct Wgmma<DType::{dtype}, {width}> {{
-    static __device__ __forceinline__ void multiply(float (&d)[{count}], const uint32_t (&a)[4], uint64_t b, int accumulate) {{
+    static __device__ __forceinline__ void multiply(float (&d)[{count}], const uint32_t (&a)[4], uint64_t b,
+                                                    int accumulate) {{
         asm volatile(
             "{{\\n"
             ".reg .pred p;\\n"

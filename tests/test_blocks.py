@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError, QuantizationError
+from marlin_gptq.modeling import blocks
 from marlin_gptq.modeling.architecture import block_linears, decoder_blocks, read_config, require_divisible
 from marlin_gptq.modeling.blocks import BlockStream
 
@@ -59,6 +60,25 @@ def test_walk_equals_the_models_own_forward(case: str, tmp_path: Path) -> None:
     ids = torch.randint(0, 96, (3, 40), generator=torch.Generator().manual_seed(0))
     expected = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(ids).logits
     torch.testing.assert_close(walk(BlockStream(directory, device=CPU), ids), expected)
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_positions_are_asked_for_once_where_memory_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    """Positions and masks of a length serve all blocks and passes, unless they take too much memory."""
+    monkeypatch.setattr(blocks, "_REMEMBERED_BYTES", memory)
+    directory = save_tiny_model(tmp_path / "model", "mistral", dtype=torch.float32, sliding_window=16)
+    stream = BlockStream(directory, device=CPU)
+    asked = []
+    stream.model.get_decoder().register_forward_pre_hook(lambda *_: asked.append(1))
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randint(0, 96, (1, length), generator=generator) for length in (40, 25, 40)]
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for sample in samples:
+        torch.testing.assert_close(walk(stream, sample), model(sample).logits)
+    outside = 2 * len(samples)  # embedding and head
+    assert len(asked) == outside + (2 if memory else stream.n_blocks * len(samples))
 
 
 def test_only_the_entered_block_holds_weights(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from marlin_gptq import pipeline
 from marlin_gptq.cli import failures, options, quantize
 from marlin_gptq.cli.quantize import main
+from marlin_gptq.config import DEFAULT_PRESET
 from marlin_gptq.errors import InputError
 
 
@@ -73,8 +74,8 @@ def test_a_whole_run(model_dir: Path, texts: str, tmp_path: Path) -> None:
     assert "  left " in progress[0] and "elapsed" in progress[-1]
 
 
-def test_the_default_recipe_tunes_and_tells_how_far_it_is(model_dir: Path, texts: str, tmp_path: Path) -> None:
-    assert {p.name: p.default for p in main.params}["preset"] == "best"
+def test_a_recipe_that_tunes_tells_how_far_it_is(model_dir: Path, texts: str, tmp_path: Path) -> None:
+    assert {p.name: p.default for p in main.params}["preset"] == DEFAULT_PRESET
     output = tmp_path / "out"
     short = ("--tune-steps", 20, "--tune-batch", 2, "--tune-written", 2, "--refine-sweeps", 1, "--no-signed-scales")
     result = run(model_dir, "-o", output, "--dataset", texts, "--device", "cpu", "--preset", "best", *short)

@@ -101,9 +101,27 @@ def decode_entry(dtype: int, source: int, tile_m: int, groups: int, architecture
     )
 
 
+def wgmma_entries(reader: ModuleType, architecture: str) -> str:
+    log = ""
+    for name in sorted(reader.expected_wgmma(reader.WGMMA_VARIANTS.read_text())):
+        _, dtype, tile_m, rows, pairs, groups, zeros = name.split()
+        numbers = f"ELi{tile_m[1:]}ELi{rows.removeprefix('rows')}ELi{pairs.removeprefix('pairs')}"
+        config = f"{reader.DTYPES.index(dtype)}{numbers}ELNS0_6GroupsE{reader.GROUPS.index(groups)}"
+        config += f"ELb{int(zeros == 'zeros')}"
+        mangled = f"_ZN11marlin_gptq4sm9012wgmma_kernelINS0_11WgmmaConfigILNS_5DTypeE{config}EEEEEvNS0_11WgmmaParamsE"
+        log += (
+            f"ptxas info    : Compiling entry function '{mangled}' for '{architecture}'\n"
+            f"    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+            f"ptxas info    : Used 168 registers, used 16 barriers\n"
+        )
+    return log
+
+
 def good_log(reader: ModuleType, architectures: tuple[str, ...] = ("sm_80", "sm_90a")) -> str:
     log = "".join(f"nvcc -gencode=arch=x,code={arch} " for arch in architectures) + "-c gemm.cu\n"
     for architecture in architectures:
+        if architecture == "sm_90a":
+            log += wgmma_entries(reader, architecture)
         for name in sorted(reader.expected_kernels(reader.VARIANTS.read_text())):
             family, dtype, tile_m, *rest = name.split()
             if family == "decode":
@@ -156,6 +174,7 @@ def test_the_table_of_variants_is_understood(reader: ModuleType) -> None:
         (lambda log: log.replace("for 'sm_80'", "for 'sm_75'"), "sm_80: not compiled"),
         (lambda log: log.replace("DTypeE1", "DTypeE0"), "not compiled: decode bf16"),
         (lambda log: log.replace("Used 115 registers", "Used"), "does not say what it uses"),
+        (lambda log: log.replace("ELi128ELi2ELi1E", "ELi128ELi3ELi1E"), "not compiled: wgmma bf16 m128 rows2 pairs1"),
         (lambda log: "", "no nvcc command names an architecture"),
         (lambda log: "nvcc -gencode=arch=x,code=sm_80 -c gemm.cu\n", "sm_80: not compiled"),
     ],

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from marlin_gptq import InputError, QuantizationConfig, QuantizationError, quantize_model
+from marlin_gptq.config import Override
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.quantization.distillation import divergence
 from marlin_gptq.quantization.gptq import rtn_quantize
@@ -214,9 +215,14 @@ def test_too_little_memory_is_one_sentence() -> None:
         plan(LLAMA_7B, batch=1, length=1024, tune_codes=False, free=4 * 10**9)
 
 
-def test_sizes_known_beforehand_are_those_of_the_student(pair: tuple) -> None:
+def test_sizes_known_beforehand_are_those_of_the_student(pair: tuple, tmp_path: Path) -> None:
     before = tuned_sizes(pair[0], QuantizationConfig(group_size=64))
     assert before == student_of(pair).sizes()
+    mixed = QuantizationConfig(group_size=64, overrides=(Override("down_proj", 4, 32), Override("k_proj", 16)))
+    rounded = replace(mixed, method="rtn")
+    quantize_model(pair[0], tmp_path / "mixed", rounded, [], device=CPU)
+    student = Student(pair[0], tmp_path / "mixed", tune_codes=True, length=LENGTH, device=CPU)
+    assert tuned_sizes(pair[0], mixed) == student.sizes() and student.sizes().group_size == 32
     assert before.weights == 2 * (128 * (128 + 64 + 64 + 128) + 3 * 128 * 256)
 
 
@@ -295,6 +301,20 @@ def test_other_families_tune_too(tmp_path: Path, architecture: str, changes: dic
     assert not any(AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)[1].values())
 
 
+def test_linears_with_settings_of_their_own_tune_too(tmp_path: Path) -> None:
+    source = save_tiny_model(tmp_path / "source")
+    rules = (Override("down_proj", 4, 32), Override(r"layers\.0\..*v_proj", 16))
+    settings = replace(TUNED, tune_written=0, tune_steps=10, overrides=rules)
+    report = quantize_model(source, tmp_path / "out", settings, random_samples(20, longest=256), device=CPU)
+    assert report.tuning is not None and report.tuning["codes_changed"] > 0
+    assert report.tuning["kl_after"] < 1.5 * report.tuning["kl_before"]
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors["model.layers.1.mlp.down_proj.scales"].shape[0] == 256 // 32
+    assert tensors["model.layers.1.mlp.up_proj.scales"].shape[0] == 128 // 64
+    assert "model.layers.0.self_attn.v_proj.weight" in tensors
+    assert not any(AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)[1].values())
+
+
 def test_corrected_targets_need_the_full_precision_stream(tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "source")
     samples = random_samples(12)
@@ -305,3 +325,13 @@ def test_corrected_targets_need_the_full_precision_stream(tmp_path: Path) -> Non
     first, later = "model.layers.0.self_attn.q_proj.qweight", "model.layers.1.mlp.down_proj.qweight"
     assert torch.equal(none[first], half[first])  # nothing in front of it is quantized
     assert not torch.equal(none[later], half[later])
+
+
+def test_the_full_precision_stream_passes_blocks_that_stay_as_they_are(tmp_path: Path) -> None:
+    """After a block that nothing is quantized in, both streams are the same still, and there is nothing to correct."""
+    source = save_tiny_model(tmp_path / "source")
+    for share in (0.0, 1.0):
+        settings = QuantizationConfig(correct_target=share, skip=(r"layers\.0\.",))
+        quantize_model(source, tmp_path / str(share), settings, random_samples(12), device=CPU)
+    none, full = (load_file(tmp_path / name / "model.safetensors") for name in ("0.0", "1.0"))
+    assert all(torch.equal(none[name], full[name]) for name in none)

@@ -79,11 +79,11 @@ MARLIN_GPTQ_API int marlin_gptq_decode_blocks(const void* a, const void* blocks,
 /* How a problem in the run-time layout of Hopper GPUs is cut (sm90/wgmma_schedule.h). */
 struct marlin_gptq_blocked_plan_t {
     int32_t variant; /* row of sm90/wgmma_variants.h */
-    int32_t tile_m, tile_n, stages, shared_bytes, grid;
+    int32_t tile_m, tile_n, grid;
     int32_t m_tiles, n_tiles, k_tiles;
     int32_t split_tiles, split_blocks; /* tiles shared out in units of k, and the blocks that have some */
     int64_t slot_bytes;
-    double clocks; /* estimated */
+    double microseconds; /* estimated, for an H200 */
     const char* reason;
 };
 

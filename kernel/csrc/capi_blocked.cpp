@@ -12,6 +12,13 @@ using namespace marlin_gptq;
 
 namespace {
 
+// Whether the library has code for sm_90a; the kernels have no body for anything else.
+#if defined(MARLIN_GPTQ_SM90A)
+constexpr bool kCompiled = true;
+#else
+constexpr bool kCompiled = false;
+#endif
+
 BlockedChoice choice_of(const marlin_gptq_blocked_choice_t* choice) {
     return choice == nullptr ? BlockedChoice{} : BlockedChoice{choice->variant, choice->split_tiles, choice->split_blocks};
 }
@@ -29,8 +36,6 @@ int marlin_gptq_plan_blocked(int64_t m, int64_t n, int64_t k, int64_t group_size
     plan->variant = chosen.variant;
     plan->tile_m = chosen.tile_m;
     plan->tile_n = chosen.row_tiles * sm90::kBlockN;
-    plan->stages = chosen.stages;
-    plan->shared_bytes = chosen.shared_bytes;
     plan->grid = chosen.grid;
     plan->m_tiles = chosen.schedule.m_tiles;
     plan->n_tiles = chosen.schedule.n_tiles;
@@ -38,7 +43,7 @@ int marlin_gptq_plan_blocked(int64_t m, int64_t n, int64_t k, int64_t group_size
     plan->split_tiles = chosen.schedule.split_tiles;
     plan->split_blocks = chosen.schedule.shares.grid;
     plan->slot_bytes = static_cast<int64_t>(chosen.slot_bytes);
-    plan->clocks = chosen.clocks;
+    plan->microseconds = chosen.microseconds;
     plan->reason = chosen.reason;
     return 0;
 }
@@ -60,7 +65,7 @@ int marlin_gptq_gemm_blocked(const void* a, const void* blocks, const void* scal
     if (const cudaError_t error = device_info(device, &info)) return reported(error);
     const DeviceGuard guard(device);
     if (guard.error() != cudaSuccess) return reported(guard.error());
-    if (info.compute_capability != 90 || !sm90::decode_compiled(device)) return MARLIN_GPTQ_NOT_HOPPER;
+    if (!kCompiled || info.compute_capability != 90 || !sm90::decode_compiled(device)) return MARLIN_GPTQ_NOT_HOPPER;
 
     BlockedPlan plan;
     if (!plan_blocked(problem, asymmetric != 0, info.sms, choice_of(choice), &plan))

@@ -180,8 +180,8 @@ def require_one_size(name: str, group_size: int, target: Layout) -> None:
     """InputError for groups of another size than the rest, which only a Marlin directory of ours records."""
     if group_size != target.group_size:
         raise InputError(
-            f"{name}: {target.title} cannot hold groups of {group_size} beside groups of {target.group_size}: it has one "
-            "size for all linears; quantize again without the override, or keep the Marlin directory"
+            f"{name}: {target.title} cannot hold groups of {group_size} beside groups of {target.group_size}: it has "
+            "one size for all linears; quantize again without the override, or keep the Marlin directory"
         )
 
 

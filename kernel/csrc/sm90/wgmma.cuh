@@ -114,8 +114,7 @@ template <class Cfg>
 __device__ __forceinline__ void consume(const WgmmaParams& p, const WgmmaMaps& maps, const WgmmaShared<Cfg>& shared,
                                         char* memory, int consumer, int pair) {
     const Schedule& schedule = p.schedule;
-    Lane<Cfg> lane(consumer, p.block_bytes);
-    if constexpr (Cfg::kPairs == 1) lane.keep();
+    const Lane<Cfg> lane(consumer, p.block_bytes);
     auto* buffer = reinterpret_cast<float4*>(memory + WgmmaShared<Cfg>::kPairOffset);
     auto* flag = reinterpret_cast<volatile unsigned*>(memory + WgmmaShared<Cfg>::kFlagOffset) + consumer;
     const auto give_back = [&](uint32_t barrier) {

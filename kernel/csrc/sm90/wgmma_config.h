@@ -72,7 +72,7 @@ struct WgmmaConfig {
     static constexpr int kSharedBytes = kStages * kStageBytes + kTailBytes;
 
     static_assert(kTileN * kTileM * 4 <= kLargestPartialBytes);
-    static_assert(kTileM % 16 == 0 && kTileM <= 256);
+    static_assert(kTileM % 16 == 0 && kTileM <= 128);
     static_assert(kStages >= 2 * kPairs, "one stage computing, one landing");
     static_assert(kMaxStages % kPairs == 0 && kPairs <= 2);
 };

@@ -38,13 +38,6 @@ struct Lane {
             position[i] = row_tile * 8 + lane / 4;
         }
     }
-
-    // In registers: left to itself the compiler computes all this anew for every unit.
-    __device__ __forceinline__ void keep() {
-        ptx::keep(codes);
-        ptx::keep(rows);
-        ptx::keep(position);
-    }
 };
 
 // One step of 16 k, `k16` of the unit's eight.
