@@ -45,41 +45,58 @@ def gptq_quantize(
     remaining = weight.float().clone()
     codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(out_features, in_features // columns, dtype=scale_dtype, device=weight.device)
+    if scales_of_columns is not None:
+        scales.copy_(scales_of_columns[:, ::columns])
 
     for start in range(0, in_features, block_size):
         stop = min(start + block_size, in_features)
         # Columns as rows: a column of the block is then contiguous, which the inner loop lives on.
         block = remaining[:, start:stop].t().contiguous()
-        errors = torch.empty_like(block)
-        for column in range(start, stop):
-            group, first = divmod(column, columns)
-            if first == 0:
-                end = column + columns
+        block_codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+        square = upper[start:stop, start:stop]
+        # Columns in a row that share a scale; steps given beforehand are each column's own.
+        run = min(columns, stop - start) if scales_of_columns is None else stop - start
+        for first in range(start, stop, run):
+            group, inside = divmod(first, columns)
+            if inside == 0 and scales_of_columns is None:
+                end = first + columns
                 # A group longer than the block reaches into columns that all earlier blocks have compensated.
-                ahead = remaining[:, column:end] if end > stop else block[column - start : end - start].t()
-                if scales_of_columns is not None:
-                    found = scales_of_columns[:, column : column + 1]
-                elif clip:
-                    whitener = None if hessian is None else torch.linalg.cholesky(hessian[column:end, column:end])
-                    square = upper[column:end, column:end]
-                    found = clipped_scale(ahead, square, scale_dtype, signed=signed, whitener=whitener)
+                ahead = remaining[:, first:end] if end > stop else block[first - start : end - start].t()
+                if clip:
+                    whitener = None if hessian is None else torch.linalg.cholesky(hessian[first:end, first:end])
+                    corner = upper[first:end, first:end]
+                    found = clipped_scale(ahead, corner, scale_dtype, signed=signed, whitener=whitener)
                 elif signed:
                     found = stored_scale(signed_scale(ahead), scale_dtype)
                 else:
                     found = full_scale(ahead, scale_dtype)
                 scales[:, group] = found.squeeze(1)
-                step = found.squeeze(1).float()
-            if scales_of_columns is not None:
-                step = scales_of_columns[:, column].float()
-            original = block[column - start]
-            code = round_to_codes(original, step)
-            codes[:, column] = code
-            error = (original - (code.float() - 8) * step) / upper[column, column]
-            errors[column - start] = error
-            later = upper[column, column + 1 : stop]
-            block[column - start + 1 :].addr_(later, error, alpha=-1.0)
+            steps = scales[:, group] if scales_of_columns is None else scales_of_columns[:, start:stop].t()
+            quantize_columns(block, block_codes, errors, square, steps, first - start, first - start + run)
+        codes[:, start:stop] = block_codes.t()
         remaining[:, stop:].addmm_(errors.t(), upper[start:stop, stop:], alpha=-1.0)
     return QuantizedWeight(codes, scales, None, group_size)
+
+
+def quantize_columns(
+    block: Tensor, codes: Tensor, errors: Tensor, square: Tensor, steps: Tensor, first: int, last: int
+) -> None:
+    """Columns `first` to `last` of a block, one after the other, each error pushed onto the columns after it, in place.
+
+    block   float32 [columns, rows]: the weights, a column contiguous; those from `first` on change.
+    codes   uint8 and errors float32, [columns, rows]: rows `first` to `last` are filled.
+    square  float32 [columns, columns]: the block's own part of U.
+    steps   scales of any sign in their stored dtype: [rows], or [columns, rows] where every column has its own.
+    """
+    steps = steps.float()
+    for column in range(first, last):
+        step = steps if steps.dim() == 1 else steps[column]
+        original = block[column]
+        code = round_to_codes(original, step)
+        codes[column] = code
+        error = (original - (code.float() - 8) * step) / square[column, column]
+        errors[column] = error
+        block[column + 1 :].addr_(square[column, column + 1 :], error, alpha=-1.0)
 
 
 def rtn_quantize(weight: Tensor, *, group_size: int, scale_dtype: torch.dtype) -> QuantizedWeight:

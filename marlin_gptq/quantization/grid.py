@@ -60,27 +60,34 @@ def clipped_scale(
     repository.
     """
     weight = weight.float()
-    rows, columns = weight.shape
     if whitener is None:
-        identity = torch.eye(columns, dtype=torch.float32, device=weight.device)
+        identity = torch.eye(weight.shape[1], dtype=torch.float32, device=weight.device)
         whitener = torch.linalg.solve_triangular(upper.float(), identity, upper=True)
     largest = weight.abs().amax(dim=1, keepdim=True)
     full = largest * (2 / 15)
     bases = [full, signed_scale(weight), largest / 7] if signed else [full]
     ratios = torch.tensor(CLIP_RATIOS, dtype=torch.float32, device=weight.device)
-    candidates = torch.cat([base * ratios for base in bases], dim=1)
+    return best_scales(weight, whitener, stored_scale(torch.cat([base * ratios for base in bases], dim=1), dtype))
 
+
+def best_scales(weight: Tensor, whitener: Tensor, scales: Tensor) -> Tensor:
+    """Per row the candidate with the least ‖(Q(w) − w)·V‖² → [rows, 1]; of equal errors the first.
+
+    weight float32 [rows, columns]; whitener V float32 [columns, columns]; scales [rows, candidates] of any sign, in the
+    stored dtype, none of them 0. Candidates are tried as many at once as SCRATCH_ELEMENTS allows.
+    """
+    rows, columns = weight.shape
     best_error = torch.full((rows, 1), torch.inf, device=weight.device)
-    best_scale = stored_scale(full, dtype)
+    best_scale = scales[:, :1]
     at_once = max(1, SCRATCH_ELEMENTS // max(1, rows * columns))
-    for chunk in candidates.split(at_once, dim=1):
-        scales = stored_scale(chunk, dtype).t().unsqueeze(-1)  # [candidates, rows, 1]
-        codes = round_to_codes(weight, scales)
-        difference = (codes.float() - 8) * scales.float() - weight
+    for chunk in scales.split(at_once, dim=1):
+        tried = chunk.t().unsqueeze(-1)  # [candidates, rows, 1]
+        codes = round_to_codes(weight, tried)
+        difference = (codes.float() - 8) * tried.float() - weight
         errors = (difference @ whitener).square().sum(dim=-1)  # [candidates, rows]
         error, index = errors.min(dim=0)  # the first of equals
         better = error.unsqueeze(1) < best_error
-        chosen = scales.squeeze(-1).gather(0, index.unsqueeze(0)).t()
+        chosen = chunk.gather(1, index.unsqueeze(1))
         best_scale = torch.where(better, chosen, best_scale)
         best_error = torch.where(better, error.unsqueeze(1), best_error)
     return best_scale
