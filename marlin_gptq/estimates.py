@@ -136,10 +136,14 @@ def output_bytes(outline: Outline, stored_bytes: int = 2) -> int:
     return sum(size for *_, size in stored_tensors(outline, "", stored_bytes))
 
 
+def streams(job: Job) -> int:
+    """Sets of activations that wait: with a corrected target those after full-precision blocks too."""
+    return 2 if job.corrected else 1
+
+
 def activation_bytes(outline: Outline, job: Job) -> int:
     """What waits between two blocks."""
-    streams = 2 if job.corrected else 1  # those after full-precision blocks too
-    return streams * job.tokens * outline.hidden * job.compute_bytes
+    return streams(job) * job.tokens * outline.hidden * job.compute_bytes
 
 
 def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
