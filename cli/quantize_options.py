@@ -26,7 +26,7 @@ Examples:
 Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama-2-7b-hf
 """
 
-_WHAT = (
+_WHAT: tuple[Callable[..., Any], ...] = (
     click.argument("model", required=False),
     click.option("--wbits", type=int, default=4, show_default=True, help="Bits per weight: 4."),
     click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write.  [required]"),
@@ -78,7 +78,7 @@ _WHAT = (
         "marlin is that of the original Marlin repository. The options below change single steps of it.",
     ),
 )
-_HOW = (
+_HOW: tuple[Callable[..., Any], ...] = (
     click.option(
         "--format",
         "to",

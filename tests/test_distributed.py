@@ -97,7 +97,19 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     source = save_character_model(tmp_path / "source")
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"document {i} " * (i + 1)}) + "\n" for i in range(8)))
-    arguments = (source, "-o", tmp_path / "out", "--dataset", texts, "--n-samples", 5, "--json", "--no-clip")
+    arguments = (
+        source,
+        "-o",
+        tmp_path / "out",
+        "--dataset",
+        texts,
+        "--n-samples",
+        5,
+        "--json",
+        "--no-clip",
+        "--preset",
+        "marlin",
+    )
     done = start(2, "-m", "marlin_gptq.cli.quantize", *arguments, "--work-dir", tmp_path / "work", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -238,7 +238,8 @@ def test_time_grows_with_its_parts(tmp_path: Path) -> None:
 
 
 def dry(*arguments: object) -> str:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments] + ["--dry-run"])
+    recipe = () if "--preset" in arguments else ("--preset", "marlin")
+    result = CliRunner().invoke(main, [str(argument) for argument in (*arguments, *recipe, "--dry-run")])
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -294,5 +295,7 @@ def test_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
         (("--group-size", -1, "--preset", "best", "--max-gpu-memory", "80GB"), "together with --max-gpu-memory"),
         (("--group-size", -1, "--preset", "best", "--work-dir", tmp_path / "work"), "together with a work directory"),
     ):
-        result = CliRunner().invoke(main, [str(argument) for argument in (model, "--dry-run", *arguments)])
+        result = CliRunner().invoke(
+            main, [str(argument) for argument in (model, "--dry-run", "--preset", "marlin", *arguments)]
+        )
         assert result.exit_code == 2 and sentence in result.stderr, result.output
