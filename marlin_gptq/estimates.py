@@ -27,8 +27,10 @@ from marlin_gptq.quantization.weight import columns_per_group
 FACTOR_MATRICES = 7.5  # Hessians: mean, damped, flipped, the Cholesky factor, operands of the triangular solve
 SOLVE_WEIGHTS = 3.3  # weights: stacked, compensated, codes, trailing update
 CLIP_SCRATCH = 5.5  # scratch of the clipping search: scaled values, codes, differences, their image and its square
-REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual, its product with the Hessian
 JUDGE_WEIGHTS = 6  # one linear's weight: dequantized, difference, image, their product in float64
+# Counted, not measured, as are the matrices of `_beside_factor` and `_beside_solve`; runs with them lie within the
+# same bounds (tests/test_estimates.py).
+REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual, its product with the Hessian
 # Values per token and channel alive in a block's forward: residual, norm, attention's operands and result; gate, up,
 # their product.
 FORWARD_HIDDEN, FORWARD_INNER = 6, 3
