@@ -143,6 +143,7 @@ def rates(device: torch.device) -> tuple[float, float]:
     import torch
 
     from marlin_gptq.quantization.grid import CLIP_RATIOS, clipped_scale
+    from marlin_gptq.quantization.loops import inner_loops
 
     cuda = device.type == "cuda"
     size, dtype = (4096, torch.bfloat16) if cuda else (512, torch.float32)
@@ -150,7 +151,8 @@ def rates(device: torch.device) -> tuple[float, float]:
     weight = torch.ones(4096 if cuda else 256, 128, device=device)
     upper = torch.eye(128, device=device)
     products = _calls_per_second(lambda: (matrix @ matrix)[0, 0]) * size**3
-    clipped = _calls_per_second(lambda: clipped_scale(weight, upper, torch.float16)[0, 0])
+    search = inner_loops(device, 128, 128, torch.float16).best_scales
+    clipped = _calls_per_second(lambda: clipped_scale(weight, upper, torch.float16, search=search)[0, 0])
     return products, clipped * weight.numel() * len(CLIP_RATIOS)
 
 

@@ -61,6 +61,14 @@ def torch_dtype(name: str) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)
 
 
+def fused_loops() -> bool:
+    """Whether MARLIN_GPTQ_FUSED allows GPTQ's fused GPU kernels: 1 (so it is unset) or 0; else InputError."""
+    value = os.environ.get("MARLIN_GPTQ_FUSED") or "1"
+    if value not in ("0", "1"):
+        raise InputError(f"MARLIN_GPTQ_FUSED: got {value!r}, expected 0 (plain torch) or 1 (fused GPU kernels)")
+    return value == "1"
+
+
 def parse_size(text: str, option: str = "--shard-size") -> int:
     """Bytes in `5GB`, `500MB`, `2GiB` or a plain number; else InputError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)

@@ -19,6 +19,7 @@ from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.output_directory import LOG_FILE
 from marlin_gptq.overrides import read_overrides
+from marlin_gptq.quantization.loops import set_fused
 from marlin_gptq.work_directory import WorkDirectory
 
 
@@ -91,6 +92,7 @@ def _quantize(
     **chosen: Any,
 ) -> None:
     display = Display(silent=not team.leads)
+    set_fused(options.fused_loops())
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
     settings = team.from_leader(work.arguments["settings"] if work is not None else None)
@@ -222,6 +224,7 @@ def require_free_name(output: Path, overwrite: bool) -> None:
 
 def summary(report: Any, to: str = "marlin") -> str:
     """What was made, for people."""
+    loops = f", inner loops in {report.inner_loops}" if report.peak_gpu_bytes is not None else ""
     lines = [
         f"written    {report.output}",
         f"size       {options.show_size(report.bytes_before)} -> {options.show_size(report.bytes_after)}",
@@ -239,7 +242,7 @@ def summary(report: Any, to: str = "marlin") -> str:
             f"{tuning['windows_judged']} windows kept aside" + ("" if tuning["kept"] else ": not kept")
         )
     lines += [
-        f"time       {options.show_time(report.seconds)} on {report.device}",
+        f"time       {options.show_time(report.seconds)} on {report.device}{loops}",
         f"next       marlin-eval perplexity {report.output}" if to == "marlin" else "next       docs/serving.md",
     ]
     return "\n".join(lines)

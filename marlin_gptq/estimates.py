@@ -5,7 +5,8 @@ Memory is the largest of a run's phases, each the sum of what is then alive; the
     embed      embedding table + activations
     forward    block + Hessians being summed + what the longest sample needs on its way through the block
     factor     block + Hessians + the matrices that one factorisation works on
-    solve      block + Hessians + factor + copies of one stacked weight + scratch of the clipping search
+    solve      block + Hessians + factor + copies of one stacked weight + scratch of the clipping search in plain torch
+               (the fused loops of a GPU need less of it)
 
 docs/benchmarks.md compares them with measured runs.
 """

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from marlin_gptq.block_run import BlockRun
 from marlin_gptq.checkpoint import CheckpointWriter, require_space, staging_directory
@@ -33,6 +33,8 @@ from marlin_gptq.modeling.architecture import read_config, require_full_precisio
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import outline
 from marlin_gptq.output_directory import write_companions
+from marlin_gptq.quantization.loops import PLAIN, inner_loops
+from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.report import ProgressEvent, QuantizeReport
 from marlin_gptq.requirements import (
     has_experts,
@@ -119,9 +121,10 @@ def quantize_model(
     own = _own_samples(passing, team)
     job = job_of(own, config, stream.dtype, shard_size)
     plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory))
+    loops = _loops(linears, config, target, device, team)
     if work is not None:
         work.require_space(size, output)
-        shared = {"rows at once": plan.rows, "processes": team.size}
+        shared = {"rows at once": plan.rows, "processes": team.size, "inner loops": loops}
         work.begin(_facts(model_dir, config, target, shard_size, device) | shared, samples)
     disk = work.directory if work else output.absolute().parent
     run = BlockRun(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team, Costs(device))
@@ -161,6 +164,7 @@ def quantize_model(
             unknown_tensors=unknown,
             costs=run.costs.by_name,
             records=run.records,
+            inner_loops=loops,
         )
         if writer is not None:
             write_companions(writer, model_dir, report)
@@ -217,3 +221,21 @@ def _facts(
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         **{name: version(name) for name in ("torch", "transformers", "marlin-gptq")},
     }
+
+
+def _loops(
+    linears: list[dict[str, nn.Linear]],
+    config: QuantizationConfig,
+    target: torch.dtype,
+    device: torch.device,
+    team: Team,
+) -> str:
+    """What GPTQ's inner loops will run in for these linears; where that is Triton, tried out now and not halfway."""
+    if config.method != "gptq":
+        return PLAIN.name
+    shapes = {(linear.in_features, config.group_size_of(name)) for block in linears for name, linear in block.items()}
+    kinds = {(columns_per_group(*shape), min(config.block_size, shape[0])) for shape in shapes}
+    for kind in kinds:  # one that fails turns all off, those that were tried before it too
+        inner_loops(device, *kind, target)
+    own = {inner_loops(device, *kind, target).name for kind in kinds}
+    return ", ".join(sorted(set().union(*(team.object_from(process, own) for process in range(team.size)))))

@@ -53,7 +53,10 @@ class ProgressEvent:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """The result, as it stands in quantize_log.json."""
+    """The result, as it stands in quantize_log.json.
+
+    inner_loops  what GPTQ's inner loops ran in: "torch", "triton" and its version for the fused GPU kernels, or both.
+    """
 
     output: Path
     base_model: str
@@ -69,6 +72,7 @@ class QuantizeReport:
     costs: dict[str, Cost] = field(default_factory=dict)
     tuning: dict[str, Any] | None = None
     records: list[LinearRecord] = field(default_factory=list)
+    inner_loops: str = "torch"
 
     @property
     def mean_relative_error(self) -> float:

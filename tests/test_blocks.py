@@ -66,7 +66,7 @@ def test_walk_equals_the_models_own_forward(case: str, tmp_path: Path) -> None:
 def test_positions_are_asked_for_once_where_memory_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
 ) -> None:
-    """Positions and masks of a length serve all blocks and passes, unless they take too much memory."""
+    """Positions and masks of a length serve every block and pass; beyond the memory for them they are made again."""
     monkeypatch.setattr(blocks, "_REMEMBERED_BYTES", memory)
     directory = save_tiny_model(tmp_path / "model", "mistral", dtype=torch.float32, sliding_window=16)
     stream = BlockStream(directory, device=CPU)

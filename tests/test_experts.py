@@ -16,12 +16,14 @@ from marlin_gptq import (
     CheckpointError,
     MarlinLinear,
     QuantizationConfig,
+    load,
     pipeline,
     quantize_model,
     split_projections,
 )
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import Override
+from marlin_gptq.conversion.convert import convert_checkpoint
 from marlin_gptq.modeling.architecture import block_linears
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.experts import Expert, Experts, expert_lists, file_name, fused_source
@@ -244,3 +246,17 @@ def test_experts_without_tokens_are_not_called() -> None:
         expected = sum(weights[token, rank] * experts[int(chosen[token, rank])](row) for rank in (0, 1))
         torch.testing.assert_close(found[token : token + 1], expected)
     assert experts(x[:0], chosen[:0], weights[:0]).shape == (0, 4)
+
+
+@EVERY
+@pytest.mark.parametrize("layout", ["gptq", "awq", "compressed-tensors"])
+def test_it_converts_and_loads_from_other_formats(tmp_path: Path, architecture: str, layout: str) -> None:
+    source = source_of(tmp_path, architecture)
+    quantize_model(source, tmp_path / "out", QuantizationConfig(method="rtn"), [], device=CPU)
+    convert_checkpoint(tmp_path / "out", tmp_path / "other", layout)
+    convert_checkpoint(tmp_path / "other", tmp_path / "back", "marlin")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits
+    for name in ("out", "other", "back"):
+        assert torch.equal(load(tmp_path / name, device=CPU)(IDS).logits, expected)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

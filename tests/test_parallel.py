@@ -79,3 +79,18 @@ def test_half_of_a_fused_linear_in_16_bits() -> None:
 def test_long_lists_are_cut() -> None:
     lines = warnings_for({2: [f"layer {i}: wrong" for i in range(9)], 4: ["layer 0: wrong", "layer 9: wrong"]}, most=6)
     assert lines[6] == "tensor parallel 2: and 3 more" and lines[7:] == ["tensor parallel 4: layer 9: wrong"]
+
+
+def test_experts_of_many_blocks_are_named_once() -> None:
+    shapes = {
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}": shape
+        for layer in range(2)
+        for expert in range(4)
+        for name, shape in {"w1": (96, 128), "w2": (128, 96), "w3": (96, 128)}.items()
+    }
+    found = split_problems(shapes, (), -1, SimpleNamespace(num_attention_heads=None))
+    named = "model.layers.{0-1}.block_sparse_moe.experts.{0-3}"
+    assert found[2] == [
+        f"{named}.w1/w3: N = 96 on each of 2 is no multiple of 64",
+        f"{named}.w2: K = 96 / 2 = 48 is no multiple of 128",
+    ]

@@ -14,7 +14,7 @@ from typing import Any
 DEGREES = (1, 2, 4, 8)
 TILE_N, TILE_K = 64, 128
 ROWS = ("o_proj", "down_proj", "out_proj", "dense", "fc2", "c_proj", "w2", "wo", "dense_4h_to_h")
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 def split_problems(
@@ -104,16 +104,22 @@ def _share(size: int, degree: int) -> str:
 
 
 def _ranges(names: list[str]) -> str:
-    """Names with the block numbers of each kind drawn together: model.layers.{0-3,5}.mlp.down_proj."""
+    """Names with the numbers of experts, then of blocks, drawn together: model.layers.{0-3,5}.mlp.down_proj."""
+    for pattern in (r"(.*\.experts\.)(\d+)(\..*)$", r"(.*?\.)(\d+)(\..*)$"):
+        names = _drawn_together(names, pattern)
+    return ", ".join(names)
+
+
+def _drawn_together(names: list[str], pattern: str) -> list[str]:
     kinds: dict[tuple[str, str], list[int]] = {}
     plain = []
     for name in names:
-        match = re.match(r"(.*?\.)(\d+)(\..*)$", name)
+        match = re.match(pattern, name)
         if match:
             kinds.setdefault((match[1], match[3]), []).append(int(match[2]))
         else:
             plain.append(name)
-    return ", ".join(plain + [f"{before}{_span(numbers)}{after}" for (before, after), numbers in kinds.items()])
+    return plain + [f"{before}{_span(numbers)}{after}" for (before, after), numbers in kinds.items()]
 
 
 def _span(numbers: list[int]) -> str:

@@ -18,6 +18,7 @@ from marlin_gptq.conversion.reading import CODES, PARTS, Tensors, read_linear
 from marlin_gptq.conversion.settings import Layout, layout_of, stored_settings
 from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.modeling.architecture import decoder_blocks, read_config
+from marlin_gptq.modeling.experts import file_name, separate_experts
 
 LARGEST_SIZE = 2**24  # of any dimension; a vocabulary of 16 million and a hidden size as large are not seen
 SIZES = ("_size", "_dim", "_heads", "_layers", "_positions", "_ranks", "num_experts")
@@ -41,13 +42,16 @@ class Architecture:
     """What a model's config says about its linears, from a model without weights.
 
     config   transformers' config.
-    shapes   (out_features, in_features) of every nn.Linear, by full name, in the order of their definition.
+    modules  the model's name of every nn.Linear, by its name in the files (they differ in Mixtral), in the order of
+             their definition. Experts are linears of their own, as in the files.
+    shapes   their (out_features, in_features); this and what follows by the name in the files.
     biased   those with a bias.
     blocks   the name of the list of decoder blocks.
     states   names of all parameters and persistent buffers.
     """
 
     config: Any
+    modules: dict[str, str]
     shapes: dict[str, tuple[int, int]]
     biased: frozenset[str]
     blocks: str
@@ -74,23 +78,27 @@ def architecture(directory: Path, tensors: int) -> Architecture:
     except _NO_MODEL as error:
         said = " ".join(str(error).split())[:300]
         raise InputError(f"{directory}/config.json: no model can be made of it: {said}") from error
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = {file_name(name, config): name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: model.get_submodule(module) for name, module in modules.items()}
     return Architecture(
         config=config,
+        modules=modules,
         shapes={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
         biased=frozenset(name for name, linear in linears.items() if linear.bias is not None),
         blocks=blocks,
-        states=frozenset(model.state_dict()),
+        states=frozenset(file_name(name, config) for name in model.state_dict()),
     )
 
 
 def empty_model(config: Any, dtype: torch.dtype = torch.float16) -> nn.Module:
-    """The model of a config, its parameters on the meta device."""
+    """The model of a config, its parameters on the meta device, experts as one linear each."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        separate_experts(model, config)
+    return model
 
 
 def require_possible(directory: Path, raw: dict[str, Any], tensors: int) -> None:

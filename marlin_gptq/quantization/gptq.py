@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from marlin_gptq.quantization.grid import clipped_scale, full_scale, signed_scale, stored_scale
+from marlin_gptq.quantization.loops import inner_loops
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, round_to_codes
 
 
@@ -32,6 +33,9 @@ def gptq_quantize(
     A group's scale is found when its first column is reached, from the weights as compensated so far, rounded to
     `scale_dtype`, and only then are codes chosen. Raises ValueError if the groups do not fill the row.
 
+    The inner loops are those of `loops.inner_loops`: on a GPU fused kernels, elsewhere plain torch. The two differ by
+    the rounding of float32 sums (`fused.py`), and so, near a tie, in a code or a scale.
+
     signed   let scales be negative (`grid.signed_scale`).
     hessian  the damped H, [in_features, in_features]: clipping is then judged under its plain blocks instead of the
              conditional ones, that is, as if no later column could make up for an error.
@@ -48,12 +52,14 @@ def gptq_quantize(
     if scales_of_columns is not None:
         scales.copy_(scales_of_columns[:, ::columns])
 
+    loops = inner_loops(weight.device, columns, min(block_size, in_features), scale_dtype)
+
     for start in range(0, in_features, block_size):
         stop = min(start + block_size, in_features)
-        # Columns as rows: a column of the block is then contiguous, which the inner loop lives on.
+        # Columns as rows: a column of the block is then contiguous, which the inner loops live on.
         block = remaining[:, start:stop].t().contiguous()
         block_codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
-        square = upper[start:stop, start:stop]
+        square = upper[start:stop, start:stop].contiguous()
         # Columns in a row that share a scale; steps given beforehand are each column's own.
         run = min(columns, stop - start) if scales_of_columns is None else stop - start
         for first in range(start, stop, run):
@@ -65,38 +71,19 @@ def gptq_quantize(
                 if clip:
                     whitener = None if hessian is None else torch.linalg.cholesky(hessian[first:end, first:end])
                     corner = upper[first:end, first:end]
-                    found = clipped_scale(ahead, corner, scale_dtype, signed=signed, whitener=whitener)
+                    found = clipped_scale(
+                        ahead, corner, scale_dtype, signed=signed, whitener=whitener, search=loops.best_scales
+                    )
                 elif signed:
                     found = stored_scale(signed_scale(ahead), scale_dtype)
                 else:
                     found = full_scale(ahead, scale_dtype)
                 scales[:, group] = found.squeeze(1)
             steps = scales[:, group] if scales_of_columns is None else scales_of_columns[:, start:stop].t()
-            quantize_columns(block, block_codes, errors, square, steps, first - start, first - start + run)
+            loops.quantize_columns(block, block_codes, errors, square, steps, first - start, first - start + run)
         codes[:, start:stop] = block_codes.t()
-        remaining[:, stop:].addmm_(errors.t(), upper[start:stop, stop:], alpha=-1.0)
+        loops.push_errors(remaining[:, stop:], errors, upper[start:stop, stop:])
     return QuantizedWeight(codes, scales, None, group_size)
-
-
-def quantize_columns(
-    block: Tensor, codes: Tensor, errors: Tensor, square: Tensor, steps: Tensor, first: int, last: int
-) -> None:
-    """Columns `first` to `last` of a block, one after the other, each error pushed onto the columns after it, in place.
-
-    block   float32 [columns, rows]: the weights, a column contiguous; those from `first` on change.
-    codes   uint8 and errors float32, [columns, rows]: rows `first` to `last` are filled.
-    square  float32 [columns, columns]: the block's own part of U.
-    steps   scales of any sign in their stored dtype: [rows], or [columns, rows] where every column has its own.
-    """
-    steps = steps.float()
-    for column in range(first, last):
-        step = steps if steps.dim() == 1 else steps[column]
-        original = block[column]
-        code = round_to_codes(original, step)
-        codes[column] = code
-        error = (original - (code.float() - 8) * step) / square[column, column]
-        errors[column] = error
-        block[column + 1 :].addr_(square[column, column + 1 :], error, alpha=-1.0)
 
 
 def rtn_quantize(weight: Tensor, *, group_size: int, scale_dtype: torch.dtype) -> QuantizedWeight:

@@ -6,6 +6,8 @@ largest weights against that of all others; the best p is searched under the err
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,13 @@ def signed_scale(weight: Tensor) -> Tensor:
 
 
 def clipped_scale(
-    weight: Tensor, upper: Tensor, dtype: torch.dtype, *, signed: bool = False, whitener: Tensor | None = None
+    weight: Tensor,
+    upper: Tensor,
+    dtype: torch.dtype,
+    *,
+    signed: bool = False,
+    whitener: Tensor | None = None,
+    search: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Per row the scale p·2·absmax/15 with the least ‖(Q(w) − w)·U⁻¹‖² → [rows, 1] in the stored dtype.
 
@@ -56,6 +64,7 @@ def clipped_scale(
             the columns after it are free to compensate.
     signed  try p times the `signed_scale` and p·absmax/7 as well.
     whitener  another V in the place of U⁻¹: the error is then ‖(Q(w) − w)·V‖², for V·Vᵀ the Hessian of the group.
+    search  what finds the best of the candidates; `best_scales`, or its fused twin.
     Of equal errors the first wins: the largest p, the unsigned grid. Reference: the recipe of the original Marlin
     repository.
     """
@@ -67,7 +76,8 @@ def clipped_scale(
     full = largest * (2 / 15)
     bases = [full, signed_scale(weight), largest / 7] if signed else [full]
     ratios = torch.tensor(CLIP_RATIOS, dtype=torch.float32, device=weight.device)
-    return best_scales(weight, whitener, stored_scale(torch.cat([base * ratios for base in bases], dim=1), dtype))
+    candidates = stored_scale(torch.cat([base * ratios for base in bases], dim=1), dtype)
+    return (search or best_scales)(weight, whitener, candidates)
 
 
 def best_scales(weight: Tensor, whitener: Tensor, scales: Tensor) -> Tensor:
