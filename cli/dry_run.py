@@ -31,8 +31,12 @@ def estimate(
     shard_size: int,
     spill: str | None,
     limit: int | None,
+    kept: bool = False,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Plain JSON: tensors of the result, bytes, seconds, and the plan. Host memory includes what this process holds.
+
+    Memory and seconds are those of the pass over the blocks; "tuning", null without one, is what comes after it.
 
     Without a GPU here, GPU memory is estimated all the same. InputError where the model cannot be quantized as asked,
     or not within the limit.
@@ -40,10 +44,16 @@ def estimate(
     from marlin_gptq.calibration import sequence_length
     from marlin_gptq.estimates import Job, Plan, memory, memory_on_cpu, plan_within, seconds, stored_tensors
     from marlin_gptq.modeling.outline import outline
+    from marlin_gptq.requirements import require_combination
+    from marlin_gptq.tuning.text import PACKED_BATCH, WINDOW
 
     made = outline(model_dir, config)
+    experts = any(linear.expert for block in made.blocks for linear in block.linears)
+    require_combination(config, kept=kept, processes=processes, limited=limit is not None, experts=experts)
     longest = sequence_length(seq_len, context_length(model_dir)) if n_samples else 0
     tokens = n_samples * min(longest, MEAN_TOKENS)
+    if config.pack and tokens:
+        longest = min(tokens, PACKED_BATCH * min(WINDOW, longest))
     stored = dtype if dtype != "auto" else _stored_dtype(model_dir)
     tensors = [
         {"name": name, "type": kind, "shape": list(shape), "bytes": size}
@@ -51,7 +61,7 @@ def estimate(
     ]
 
     def job(compute_bytes: int) -> Job:
-        return Job(tokens, longest, compute_bytes, shard_size, config.clip, config.true_sequential)
+        return Job.of(config, tokens, longest, compute_bytes, shard_size)
 
     plan = Plan("device" if spill in (None, "none") else spill)
     if limit is not None:
@@ -71,6 +81,7 @@ def estimate(
         "peak_host_bytes": here + (2 * gpu.host if cuda else on_cpu),
         "host_bytes_now": here,
         "seconds": seconds(made, job(2 if cuda else 4), *rates(device)),
+        "tuning": _tuning(model_dir, config) if config.tunes else None,
         "plan": {"place": plan.place, "hessian_bytes": plan.hessian_bytes, "rows": plan.rows},
     }
 
@@ -100,7 +111,31 @@ def shown(found: dict[str, Any]) -> str:
         + (f", {plan['rows']} rows at once" if plan["rows"] else "")
         + (", Hessians in several passes" if plan["hessian_bytes"] else ""),
     ]
+    tuning = found["tuning"]
+    if tuning is not None:
+        least, most = (show_size(tuning[f"{which}_gpu_bytes"]) for which in ("least", "most"))
+        lines += [
+            "             (memory, time and plan are those of the pass over the blocks, without the tuning)",
+            f"tuning       {tuning['steps']} steps of {tuning['batch']} windows, on a GPU with {least} at least, up to "
+            f"{most} if they are free; its time is not estimated",
+        ]
     return "\n".join(lines)
+
+
+def _tuning(model_dir: Path, config: QuantizationConfig) -> dict[str, int]:
+    from marlin_gptq.requirements import tuned_sizes
+    from marlin_gptq.tuning.memory import needed_bytes
+    from marlin_gptq.tuning.text import WINDOW
+
+    least, most = needed_bytes(
+        tuned_sizes(model_dir, config), batch=config.tune_batch, length=WINDOW, tune_codes=config.tune_codes
+    )
+    return {
+        "steps": config.tune_steps,
+        "batch": config.tune_batch,
+        "least_gpu_bytes": least,
+        "most_gpu_bytes": most,
+    }
 
 
 def rates(device: torch.device) -> tuple[float, float]:

@@ -17,7 +17,9 @@ from marlin_gptq.cli.options import show_time
 if TYPE_CHECKING:
     from marlin_gptq.pipeline import ProgressEvent
 
-Update = Callable[[int, int, str], None]
+Update = Callable[..., None]
+# Stages of the end-to-end tuning, as people read them.
+TUNING = {"write text": "write text", "teacher": "full precision", "tune": "tune"}
 LINES_OF_A_RUN = 10
 
 
@@ -45,6 +47,9 @@ class Display:
         with self._bar("quantize") as update:
 
             def show(event: ProgressEvent) -> None:
+                if event.stage in TUNING:
+                    update(event.done, event.total, _tuning(event), TUNING[event.stage])
+                    return
                 stage = {"calibrate": "running the calibration text", "write": "writing"}.get(event.stage, "")
                 linear = _linear(event, short=True)
                 update(event.done, event.total, f"block {event.block + 1}/{event.blocks}  {linear or stage}")
@@ -71,7 +76,16 @@ class Display:
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(title, total=None, note="")
-            yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
+            now = title
+
+            def update(done: int, total: int, note: str, part: str = title) -> None:
+                nonlocal now
+                if part != now:  # another part of the work: its own time and pace
+                    bar.reset(task, description=part)
+                    now = part
+                bar.update(task, completed=done, total=total, note=note)
+
+            yield update
 
 
 class _Times(ProgressColumn):
@@ -84,12 +98,17 @@ class _Times(ProgressColumn):
 
 
 class _QuantizeLines:
-    """One line for every linear."""
+    """One line for every linear; for a stage of the tuning, one for every tenth of it."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say, self.started, self.known = say, time.monotonic(), 0
+        self.parts: dict[str, _CountLines] = {}
 
     def __call__(self, event: ProgressEvent) -> None:
+        if event.stage in TUNING:
+            if event.stage not in self.parts:
+                self.parts[event.stage] = _CountLines(self.say, TUNING[event.stage])
+            self.parts[event.stage](event.done, event.total, _tuning(event))
         if event.linear is None:
             return
         if event.stage == "resume":
@@ -108,7 +127,7 @@ class _CountLines:
     def __init__(self, say: Callable[[str], None], title: str) -> None:
         self.say, self.title, self.started, self.told = say, title, time.monotonic(), 0
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, note: str = "") -> None:
         tenth = done * LINES_OF_A_RUN // total
         if tenth == self.told:
             return
@@ -116,8 +135,12 @@ class _CountLines:
         elapsed = time.monotonic() - self.started
         self.say(
             f"{self.title}: {100 * done // total}%  elapsed {show_time(elapsed)}  "
-            f"left {_left(elapsed, done, total) or '0:00'}"
+            f"left {_left(elapsed, done, total) or '0:00'}" + (f"  {note}" if note else "")
         )
+
+
+def _tuning(event: ProgressEvent) -> str:
+    return "" if event.relative_error is None else f"KL {event.relative_error:.5f}"
 
 
 def _linear(event: ProgressEvent, short: bool = False) -> str:

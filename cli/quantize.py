@@ -11,7 +11,7 @@ import click
 
 from marlin_gptq import __version__
 from marlin_gptq.checkpoint import read_json, resolve_model
-from marlin_gptq.cli import failures, options, processes
+from marlin_gptq.cli import failures, options, processes, quantize_options, techniques
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.resume import go_on, keeping, options_of, resumed
 from marlin_gptq.config import QuantizationConfig
@@ -22,134 +22,14 @@ from marlin_gptq.overrides import read_overrides
 from marlin_gptq.quantization.loops import set_fused
 from marlin_gptq.work_directory import WorkDirectory
 
-EXAMPLES = """\b
-Examples:
-  marlin-quantize meta-llama/Llama-2-7b-hf --wbits 4 -o llama-2-7b-marlin
-  marlin-quantize ./my-llama --wbits 4 -o my-llama-marlin --dataset texts.jsonl --group-size 64
-  marlin-quantize examples/tiny-llama --wbits 4 -o tiny-marlin --dataset demo    (needs no network)
-  marlin-quantize ./my-llama --wbits 4 -o my-llama-w4a16 --format compressed-tensors    (for vLLM, SGLang)
-  marlin-quantize ./my-llama -o my-llama-marlin --work-dir work     (keeps every finished block in ./work)
-  marlin-quantize --resume work                                     (goes on with that run after an interruption)
-
-Afterwards: marlin-eval perplexity llama-2-7b-marlin --baseline meta-llama/Llama-2-7b-hf
-"""
-
 
 @click.command(
     "marlin-quantize",
     cls=failures.Command,
-    epilog=EXAMPLES,
+    epilog=quantize_options.EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-@click.argument("model", required=False)
-@click.option("--wbits", type=int, default=4, show_default=True, help="Bits per weight: 4.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write.  [required]")
-@click.option(
-    "--group-size",
-    type=click.Choice(["128", "64", "32", "-1"]),
-    default="128",
-    show_default=True,
-    help="Input features that share a scale; -1 is the whole row.",
-)
-@click.option("--damp", type=float, default=0.1, show_default=True, help="Damping over the Hessian's mean diagonal.")
-@click.option("--n-samples", type=click.IntRange(1), default=256, show_default=True, help="Calibration documents.")
-@click.option(
-    "--seq-len",
-    type=click.IntRange(2),
-    default=None,
-    help="Longest calibration document in tokens; longer ones are left out.  [default: 4096, or the model's context]",
-)
-@click.option(
-    "--dataset",
-    default="redpajama",
-    show_default=True,
-    metavar="NAME|PATH|ID",
-    help=f"Calibration text: {options.DATASETS}. Every document is one sample of its own length. A .txt file "
-    "is one document; if it exceeds --seq-len, it is cut at its blank lines. demo needs no network.",
-)
-@click.option(
-    "--special-tokens",
-    is_flag=True,
-    help="Begin each calibration document as the tokenizer would (with <s>, say).",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the documents' order.")
-@click.option(
-    "--method",
-    type=click.Choice(["gptq", "rtn"]),
-    default="gptq",
-    show_default=True,
-    help="rtn is plain round-to-nearest, without calibration.",
-)
-@click.option(
-    "--preset",
-    type=click.Choice(["marlin"]),
-    default="marlin",
-    show_default=True,
-    help="Recipe; marlin is that of the original Marlin repository.",
-)
-@click.option(
-    "--format",
-    "to",
-    type=click.Choice(["marlin", "gptq", "awq", "compressed-tensors"]),
-    default="marlin",
-    show_default=True,
-    help="Format of OUTPUT; gptq and awq hold float16 scales only, so that --dtype auto is float16 with them.",
-)
-@click.option("--no-clip", is_flag=True, help="Do not search for clipped scales.")
-@click.option("--true-sequential", is_flag=True, help="Calibrate on the quantized linears before.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float16", "bfloat16"]),
-    default="auto",
-    show_default=True,
-    help="Dtype of scales and unquantized weights; auto keeps the model's.",
-)
-@click.option("--skip", multiple=True, metavar="REGEX", help="Leave linears of such names alone; repeatable.")
-@click.option(
-    "--config",
-    "config_file",
-    type=click.Path(path_type=Path),
-    metavar="FILE.yaml",
-    help="Other settings for some linears, regular expression: {bits: 4 or 16, group_size: N, skip: true}; the first "
-    "that matches decides, 16 bits means left in full precision.",
-)
-@click.option(
-    "--shard-size",
-    default="1GB",
-    show_default=True,
-    help="Largest size of a weight file; as much waits in memory before it is written.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
-@click.option(
-    "--work-dir",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Keep every finished block in this directory, so that --resume DIR can go on after an interruption.",
-)
-@click.option(
-    "--resume",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Go on with the run of a --work-dir: with the arguments it was started with, other ones are refused.",
-)
-@click.option(
-    "--spill",
-    type=click.Choice(["auto", "none", "host", "disk"]),
-    default="auto",
-    show_default=True,
-    help="Where activations wait between two blocks: on the device (none), in host memory, in a file; auto: on the "
-    "device if they fit, else in host memory.",
-)
-@click.option(
-    "--max-gpu-memory",
-    metavar="SIZE",
-    help="Take at most this much GPU memory (12GB, say), at the price of time.",
-)
-@click.option(
-    "--dry-run",
-    is_flag=True,
-    help="Read MODEL's config only; print types and sizes of the result, and estimates of memory and time.",
-)
+@quantize_options.options
 @options.model_options
 @click.version_option(__version__)
 @click.pass_context
@@ -186,7 +66,7 @@ def _quantize(
     output: Path,
     wbits: int,
     group_size: str,
-    damp: float,
+    damp: float | None,
     n_samples: int,
     seq_len: int | None,
     dataset: str,
@@ -195,8 +75,6 @@ def _quantize(
     method: str,
     preset: str,
     to: str,
-    no_clip: bool,
-    true_sequential: bool,
     dtype: str,
     skip: tuple[str, ...],
     config_file: Path | None,
@@ -211,23 +89,24 @@ def _quantize(
     offline: bool,
     as_json: bool,
     debug: bool,
+    **chosen: Any,
 ) -> None:
     display = Display(silent=not team.leads)
     set_fused(options.fused_loops())
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
-    config = QuantizationConfig(
-        group_size=int(group_size),
-        method=method,
-        preset=preset,
-        damp_percent=damp,
-        clip=not no_clip,
-        true_sequential=true_sequential,
-        skip=skip,
-        overrides=read_overrides(config_file) if config_file else (),
-    )
     settings = team.from_leader(work.arguments["settings"] if work is not None else None)
-    if settings is not None:
+    if settings is None:
+        changes = techniques.changes(chosen) | ({} if damp is None else {"damp_percent": damp})
+        config = QuantizationConfig.from_preset(
+            preset if method == "gptq" else "marlin",  # rounding has no recipe
+            group_size=int(group_size),
+            method=method,
+            skip=skip,
+            overrides=read_overrides(config_file) if config_file else (),
+            **changes,
+        )
+    else:
         config = QuantizationConfig.from_dict(settings)
         if team.from_leader(work is not None and to == "marlin" and work.finished(output)):
             display.say(f"finished already: {output}; the work directory can be removed")
@@ -250,6 +129,8 @@ def _quantize(
             shard_size=shard_bytes,
             spill=place,
             limit=limit,
+            kept=work is not None or work_dir is not None,
+            processes=team.size,
         )
         click.echo(json.dumps({"model": model} | found) if as_json else dry.shown(found))
         return
@@ -258,7 +139,8 @@ def _quantize(
     from marlin_gptq.calibration import DEFAULT_SEQ_LEN, sequence_length
     from marlin_gptq.conversion.convert import HALF_SCALES
     from marlin_gptq.conversion.export import convert_staged, require_exportable, staging_directory
-    from marlin_gptq.pipeline import quantize_model, require_quantizable, result_dtype
+    from marlin_gptq.pipeline import quantize_model
+    from marlin_gptq.requirements import require_quantizable, result_dtype
 
     options.quiet_libraries(display.say)
     half = to in HALF_SCALES and dtype == "auto"
@@ -267,7 +149,10 @@ def _quantize(
     model_dir = resolve_model(model, revision=revision, offline=offline)
     if output.exists() and output.samefile(model_dir):
         raise InputError(f"{output}: is the model itself; give another --output")
-    require_quantizable(model_dir, output, config, target)
+    require_quantizable(
+        model_dir, output, config, target,
+        device=where, kept=work is not None or work_dir is not None, processes=team.size, limited=limit is not None,
+    )  # fmt: skip
     for warning in require_exportable(model_dir, config, to, result_dtype(model_dir, target)):
         display.say(f"warning: {warning}")
 
@@ -292,7 +177,8 @@ def _quantize(
         if kept is not None:
             kept.arguments["calibration"] = calibration
         into = output if to == "marlin" else staging_directory(output)
-        display.say(f"quantizing {model} on {where.type}: {method}, 4 bits, group size {group_size}")
+        recipe = f"gptq, preset {config.preset}" if method == "gptq" else method
+        display.say(f"quantizing {model} on {where.type}: {recipe}, 4 bits, group size {config.group_size}")
         with display.quantizing() as progress:
             report = quantize_model(
                 model_dir,
@@ -349,6 +235,12 @@ def summary(report: Any, to: str = "marlin") -> str:
             f"error      mean {report.mean_relative_error:.5f}, worst {report.worst.relative_error:.5f} "
             f"({report.worst.name})",
         ]
+    if report.tuning is not None:
+        tuning = report.tuning
+        lines.append(
+            f"tuning     KL {tuning['kl_before']:.5f} -> {tuning['kl_after']:.5f} on "
+            f"{tuning['windows_judged']} windows kept aside" + ("" if tuning["kept"] else ": not kept")
+        )
     lines += [
         f"time       {options.show_time(report.seconds)} on {report.device}{loops}",
         f"next       marlin-eval perplexity {report.output}" if to == "marlin" else "next       docs/serving.md",

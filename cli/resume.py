@@ -40,16 +40,19 @@ def resumed(context: click.Context, arguments: dict[str, Any]) -> tuple[WorkDire
     given = options_of(arguments)
     work = WorkDirectory.resume(directory)
     try:
-        stored = work.arguments["options"]
+        stored, settings = work.arguments["options"], work.arguments["settings"]
         for parameter in context.command.params:
             name = parameter.name or ""
             if name in FREE or context.get_parameter_source(name) != ParameterSource.COMMANDLINE:
                 continue
             key = "overrides" if name == "config_file" else name
-            if given[key] != stored.get(key):
+            then = stored.get(key)
+            if then is None:  # what was left to the preset stands in the settings that came of it
+                then = settings.get("damp_percent" if name == "damp" else name)
+            if given[key] != then:
                 raise InputError(
                     f"{_called(parameter)}: got {_shown(given[key])}, but the run in {directory} was started with "
-                    f"{_shown(stored.get(key))}; leave it out to go on, or start anew with another --work-dir"
+                    f"{_shown(then)}; leave it out to go on, or start anew with another --work-dir"
                 )
     except (InputError, KeyError):
         work.close()

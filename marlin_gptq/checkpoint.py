@@ -148,6 +148,22 @@ def require_space(output: Path, size: int) -> None:
         )
 
 
+@contextmanager
+def staging_directory(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `output`, on the same disk, for a result that is not the last; gone afterwards."""
+    if output.exists() and not overwrite:
+        raise InputError(f"{output}: exists already; give another output or --overwrite")
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.absolute().parent))
+    except OSError as error:
+        raise InputError(f"{output}: cannot be created there ({error.strerror})") from error
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 class TensorStore:
     """The tensors of a checkpoint directory, read one at a time and never more than asked for.
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from marlin_gptq.quantization.hessian import Hessian
+from marlin_gptq.quantization.hessian import Cross, Hessian
 
 T = TypeVar("T")
 
@@ -41,8 +41,8 @@ class Team:
         owners = share_out(costs, self.size)
         return [item for item, owner in zip(items, owners, strict=True) if owner == self.rank]
 
-    def add_up(self, hessians: Iterable[Hessian]) -> None:
-        """Sum Hessians and their tokens over all processes, in place."""
+    def add_up(self, hessians: Iterable[Hessian | Cross]) -> None:
+        """Sum Hessians, or what goes with them, and their tokens over all processes, in place."""
         if self.size == 1:
             return
         for hessian in hessians:

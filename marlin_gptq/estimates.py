@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
+from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import InputError
 from marlin_gptq.modeling.linear import padded_features
 from marlin_gptq.modeling.outline import BlockOutline, LinearOutline, Outline
@@ -28,6 +29,9 @@ FACTOR_MATRICES = 7.5  # Hessians: mean, damped, flipped, the Cholesky factor, o
 SOLVE_WEIGHTS = 3.3  # weights: stacked, compensated, codes, trailing update
 CLIP_SCRATCH = 5.5  # scratch of the clipping search: scaled values, codes, differences, their image and its square
 JUDGE_WEIGHTS = 6  # one linear's weight: dequantized, difference, image, their product in float64
+# Counted, not measured, as are the matrices of `_beside_factor` and `_beside_solve`; runs with them lie within the
+# same bounds (tests/test_estimates.py).
+REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual, its product with the Hessian
 # Values per token and channel alive in a block's forward: residual, norm, attention's operands and result; gate, up,
 # their product.
 FORWARD_HIDDEN, FORWARD_INNER = 6, 3
@@ -43,6 +47,8 @@ class Job:
     compute_bytes    per value in the forward: 2 on a GPU, 4 elsewhere.
     stored_bytes     per 16-bit value of the result: 2.
     shard_size       output that waits in host memory, in bytes.
+    signed, act_order, plain, sweeps, corrected  the techniques of the recipe beside GPTQ: `signed_scales`, `act_order`,
+                     whether `clip_hessian` is "plain", `refine_sweeps`, whether there is a `correct_target`.
     """
 
     tokens: int
@@ -52,6 +58,28 @@ class Job:
     clip: bool = True
     true_sequential: bool = False
     stored_bytes: int = 2
+    signed: bool = False
+    act_order: str = "none"
+    plain: bool = False
+    sweeps: int = 0
+    corrected: bool = False
+
+    @classmethod
+    def of(cls, config: QuantizationConfig, tokens: int, longest: int, compute_bytes: int, shard_size: int) -> Job:
+        """The pass over the blocks that `config` asks for; its tuning is not part of it."""
+        return cls(
+            tokens,
+            longest,
+            compute_bytes,
+            shard_size,
+            clip=config.clip,
+            true_sequential=config.true_sequential,
+            signed=config.signed_scales,
+            act_order=config.act_order,
+            plain=config.clip_hessian == "plain",
+            sweeps=config.refine_sweeps,
+            corrected=config.correct_target > 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,9 +139,14 @@ def output_bytes(outline: Outline, stored_bytes: int = 2) -> int:
     return sum(size for *_, size in stored_tensors(outline, "", stored_bytes))
 
 
+def streams(job: Job) -> int:
+    """Sets of activations that wait: with a corrected target those after full-precision blocks too."""
+    return 2 if job.corrected else 1
+
+
 def activation_bytes(outline: Outline, job: Job) -> int:
     """What waits between two blocks."""
-    return job.tokens * outline.hidden * job.compute_bytes
+    return streams(job) * job.tokens * outline.hidden * job.compute_bytes
 
 
 def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
@@ -124,6 +157,7 @@ def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
     for index, block in enumerate(outline.blocks):
         weights = block.parameters * job.compute_bytes
         codes = sum(linear.in_features * linear.out_features for linear in block.quantized)
+        weights += codes * job.compute_bytes if job.corrected else 0  # as they were before, to go on in full precision
         phases += [(phase, index, kept + weights + codes + size) for phase, size in _phases(outline, block, job, plan)]
     phase, index, device = max(phases, key=lambda entry: entry[2])
     waiting = min(max(job.shard_size, table * job.stored_bytes), output_bytes(outline, job.stored_bytes))
@@ -190,18 +224,24 @@ def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_
 
     From two rates of the device: multiplications of a large matrix product, and weights that the clipping search tries
     at one ratio. Counted are two passes of all tokens (calibrate, then the quantized block), the Hessians of the
-    distinct inputs, their factors, GPTQ's trailing updates, and the clipping search; OTHER_WORK stands for the rest.
+    distinct inputs, their factors, GPTQ's trailing updates, and the clipping search, with what the techniques of the
+    recipe add to them; OTHER_WORK stands for the rest.
     """
     products, tried = 0.0, 0.0
+    passes = 5 if job.corrected else 2  # of all tokens
+    candidates = len(CLIP_RATIOS) * job.clip * (3 if job.signed else 1)
+    updates = 0.5 + 4 * job.sweeps + 2 * job.corrected  # products of a weight with a matrix like the Hessian
+    factors = 3 if job.act_order == "columns" else 2
     for block in outline.blocks:
         share = {True: outline.experts_per_token / max(1, _experts(block)), False: 1.0}
         for linear in block.linears:
-            products += 2 * job.tokens * share[linear.expert] * linear.in_features * linear.out_features
+            products += passes * job.tokens * share[linear.expert] * linear.in_features * linear.out_features
         for name, features in _inputs(block):
-            products += job.tokens * share[".experts." in name] * features**2 + 2 * features**3
+            sums = 2 if job.corrected else 1
+            products += sums * job.tokens * share[".experts." in name] * features**2 + factors * features**3
         for linear in block.quantized:
-            products += linear.out_features * linear.in_features**2 / 2
-            tried += linear.out_features * linear.in_features * len(CLIP_RATIOS) * job.clip
+            products += updates * linear.out_features * linear.in_features**2
+            tried += linear.out_features * linear.in_features * candidates
     counted = products / products_per_second + tried / clip_values_per_second
     return OTHER_WORK * counted if job.tokens else 0.0
 
@@ -213,6 +253,7 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     passes = hessian_passes(inputs, plan.hessian_bytes)
     sizes = {name: features * features * 4 for name, features in inputs}
     hessians = max((sum(sizes[name] for name in names) for names in passes), default=0) if job.tokens else 0
+    hessians *= 2 if job.corrected else 1
     inner = max((x.in_features for x in block.linears), default=0)
     per_token = (FORWARD_HIDDEN * outline.hidden + FORWARD_INNER * widest) * job.compute_bytes
     per_token += inner * 4 if job.compute_bytes != 4 else 0  # inputs of a Hessian as float32
@@ -220,11 +261,23 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     for name, features in inputs:
         square = features * features * 4
         if job.tokens:
-            yield "factor", hessians + int(FACTOR_MATRICES * square)
+            yield "factor", hessians + int((FACTOR_MATRICES + _beside_factor(job)) * square)
         stacked = sum(x.out_features for x in block.quantized if x.input == name)
         rows = min(stacked, plan.rows or stacked)
-        factored = 2 * square if job.tokens else 0
+        factored = (2 + _beside_solve(job)) * square if job.tokens else 0
         yield "solve", hessians + factored + _solve_bytes(block, name, stacked, rows, features, job)
+
+
+def _beside_factor(job: Job) -> int:
+    """Matrices like the Hessian that techniques hold while it is factored: in another order, a first factor, C."""
+    return (job.act_order != "none") + (job.act_order == "columns") + job.corrected
+
+
+def _beside_solve(job: Job) -> int:
+    """Those they hold while weights are solved: damped, damped in order, a first factor, C and the Cholesky factor."""
+    ordered, columns = job.act_order != "none", job.act_order == "columns"
+    damped = job.plain or columns or job.sweeps > 0 or job.corrected
+    return damped + (job.plain and ordered) + columns + 2 * job.corrected
 
 
 def _solve_bytes(block: BlockOutline, name: str, stacked: int, rows: int, features: int, job: Job) -> int:
@@ -234,7 +287,9 @@ def _solve_bytes(block: BlockOutline, name: str, stacked: int, rows: int, featur
     ratios = min(len(CLIP_RATIOS), max(1, SCRATCH_ELEMENTS // max(1, rows * group)))
     scratch = CLIP_SCRATCH * ratios * rows * group * 4 if job.clip and job.tokens else 0.0
     largest = max(x.out_features for x in block.quantized if x.input == name)
-    return whole + int(max((SOLVE_WEIGHTS - 1.25) * weight + scratch, JUDGE_WEIGHTS * largest * features * 4))
+    solve = SOLVE_WEIGHTS - 1.25 + (job.act_order != "none") + (job.act_order == "columns") + job.corrected
+    refine = (REFINE_WEIGHTS - 1.25 + job.corrected) * weight if job.sweeps and job.tokens else 0.0
+    return whole + int(max(solve * weight + scratch, refine, JUDGE_WEIGHTS * largest * features * 4))
 
 
 def _inputs(block: BlockOutline) -> list[tuple[str, int]]:

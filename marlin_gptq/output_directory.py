@@ -39,6 +39,10 @@ def model_card(report: QuantizeReport) -> str:
             ("clipping searched", "yes" if config.clip else "no"),
             ("damping", f"{config.damp_percent:g} of the mean diagonal"),
             ("true-sequential", "yes" if config.true_sequential else "no"),
+            ("signed scales", "yes" if config.signed_scales else "no"),
+            ("act-order", config.act_order),
+            ("sweeps of refinement", str(config.refine_sweeps)),
+            ("steps of end-to-end tuning", str(config.tune_steps)),
         ]
         rows += [(f"calibration: {key}", str(value)) for key, value in calibration.items()]
     if config.skip:
@@ -53,9 +57,14 @@ def model_card(report: QuantizeReport) -> str:
     ]
     if report.worst is not None:
         rows.append(("worst relative error", f"{report.worst.relative_error:.5f} (`{report.worst.name}`)"))
+    if report.tuning is not None:
+        tuning = report.tuning
+        rows.append(("KL before and after the tuning, nats", f"{tuning['kl_before']:.5f}, {tuning['kl_after']:.5f}"))
     rows.append(("time", f"{report.seconds:.1f} s on {report.device}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     measure = "squared output error over squared output on the calibration text"
+    if config.tune_steps:
+        measure += ", before the end-to-end tuning"
     if config.method == "rtn":
         measure = "squared error of the weights over their squares"
     return f"""---

@@ -1,10 +1,11 @@
-"""The whole story in one file: a checkpoint and calibration samples in, a quantized checkpoint out, block by block.
+"""The whole story: a checkpoint and calibration samples in, a quantized checkpoint out, block by block (block_run.py).
 
 embed all samples
 for each decoder block, alone on the device:
     run the samples through it and sum the Hessian of each distinct input of its linears
     quantize the linears, pack them, write them
     run the samples through the quantized block: the inputs of the next one
+then, if the recipe says so, the whole model is tuned end to end (tuning/stage.py)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,54 +22,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_gptq.checkpoint import CheckpointWriter, TensorStore, require_space
+from marlin_gptq.block_run import BlockRun
+from marlin_gptq.checkpoint import CheckpointWriter, require_space, staging_directory
 from marlin_gptq.config import QuantizationConfig
-from marlin_gptq.distributed import Team, share_out
-from marlin_gptq.errors import InputError, QuantizationError
-from marlin_gptq.estimates import Job, Plan, hessian_passes, plan_within
-from marlin_gptq.modeling.activations import Activations
-from marlin_gptq.modeling.architecture import (
-    block_linears,
-    linear_names,
-    read_config,
-    require_divisible,
-    require_finite,
-    require_full_precision,
-)
-from marlin_gptq.modeling.blocks import BlockStream, return_free_memory, stored_dtype
-from marlin_gptq.modeling.install import install_block
-from marlin_gptq.modeling.linear import pack, padded_features
-from marlin_gptq.modeling.observe import Calibrated, Groups, collect_hessians, stages
+from marlin_gptq.costs import Costs
+from marlin_gptq.distributed import Team
+from marlin_gptq.errors import InputError
+from marlin_gptq.estimates import Job, Plan, plan_within, streams
+from marlin_gptq.modeling.architecture import read_config, require_full_precision
+from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import outline
 from marlin_gptq.output_directory import write_companions
-from marlin_gptq.overrides import require_matches
-from marlin_gptq.quantization.gptq import gptq_quantize, rtn_quantize
-from marlin_gptq.quantization.hessian import Factor, NotPositiveDefinite, factor, relative_error
 from marlin_gptq.quantization.loops import PLAIN, inner_loops
-from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, join_rows
-from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport, linear_record
+from marlin_gptq.quantization.weight import columns_per_group
+from marlin_gptq.report import ProgressEvent, QuantizeReport
+from marlin_gptq.requirements import (
+    has_experts,
+    linears_of,
+    output_bytes,
+    require_combination,
+    require_quantizable,
+    result_dtype,
+)
+from marlin_gptq.tuning.stage import tune_checkpoint
+from marlin_gptq.tuning.text import packed
 from marlin_gptq.work_directory import WorkDirectory, model_digest
 
 logger = logging.getLogger(__name__)
 
 ALONE = Team()
-
-
-def require_quantizable(
-    model_dir: Path, output: Path, config: QuantizationConfig, dtype: torch.dtype | None = None
-) -> None:
-    """What can be known before any work, from config and file headers: InputError for a model that cannot be
-    quantized as asked, CheckpointError if the result would not fit on the disk of `output`."""
-    require_full_precision(model_dir, read_config(model_dir))
-    stream = BlockStream(model_dir, device=torch.device("cpu"))
-    size = _output_bytes(stream, _linears_of(stream, config), config, result_dtype(model_dir, dtype))
-    require_space(output, size)
-
-
-def result_dtype(model_dir: Path, asked: torch.dtype | None) -> torch.dtype:
-    """The dtype of the result: as asked, else that of the checkpoint; float32 becomes float16."""
-    stored = stored_dtype(TensorStore(model_dir), quantized=False)
-    return asked or (stored if stored in (torch.float16, torch.bfloat16) else torch.float16)
 
 
 def quantize_model(
@@ -109,14 +91,34 @@ def quantize_model(
     if config.method == "gptq" and not samples:
         raise InputError("samples: got none, GPTQ needs calibration text; use method rtn to round without it")
     require_full_precision(model_dir, read_config(model_dir))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if config.tunes:
+        require_quantizable(
+            model_dir, output, config, dtype,
+            device=device, kept=work is not None, processes=team.size, limited=max_gpu_memory is not None,
+        )  # fmt: skip
+        with staging_directory(output, overwrite) as staging:
+            first = quantize_model(
+                model_dir, staging / output.name, replace(config, tune_steps=0), samples,
+                device=device, dtype=dtype, shard_size=shard_size, base_model=base_model, calibration=calibration,
+                progress=progress, spill=spill,
+            )  # fmt: skip
+            return tune_checkpoint(
+                model_dir, first.output, output, first, config, samples,
+                device=device, shard_size=shard_size, overwrite=overwrite, progress=progress,
+            )  # fmt: skip
     target = result_dtype(model_dir, dtype)
     stream = BlockStream(model_dir, device=device, dtype=target if device.type == "cuda" else torch.float32)
-    linears = _linears_of(stream, config)
-    size = _output_bytes(stream, linears, config, target)
+    linears = linears_of(stream, config)
+    limited = max_gpu_memory is not None
+    require_combination(
+        config, kept=work is not None, processes=team.size, limited=limited, experts=has_experts(stream)
+    )
+    size = output_bytes(stream, linears, config, target)
     require_space(output, size)
-    own = _own_samples(samples if config.method == "gptq" else [], team)
+    passing = samples if config.method == "gptq" else []
+    if passing and config.pack:
+        passing = packed(samples, getattr(stream.config, "max_position_embeddings", None))
+    own = _own_samples(passing, team)
     job = job_of(own, config, stream.dtype, shard_size)
     plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory))
     loops = _loops(linears, config, target, device, team)
@@ -125,12 +127,14 @@ def quantize_model(
         shared = {"rows at once": plan.rows, "processes": team.size, "inner loops": loops}
         work.begin(_facts(model_dir, config, target, shard_size, device) | shared, samples)
     disk = work.directory if work else output.absolute().parent
-    run = _Run(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team)
+    run = BlockRun(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team, Costs(device))
     name = work.id if work else None
     # Only the first process writes.
     writing = CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, run=name) if team.leads else None
     with writing or nullcontext() as writer:
         hidden = run.embed(own)
+        if config.correct_target and config.method == "gptq":
+            run.full = run.copied(hidden)
         if writer is not None:
             run.copy_outer(writer)
         for index, names in enumerate(linears):
@@ -156,8 +160,9 @@ def quantize_model(
             seconds=time.perf_counter() - started,
             bytes_before=sum(stream.store.size(name) for name in stream.store.names if name not in set(unknown)),
             bytes_after=size,
-            peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            peak_gpu_bytes=run.costs.peak_gpu_bytes(),
             unknown_tensors=unknown,
+            costs=run.costs.by_name,
             records=run.records,
             inner_loops=loops,
         )
@@ -174,20 +179,13 @@ def _own_samples(samples: list[Tensor], team: Team) -> list[Tensor]:
         raise InputError(
             f"samples: got {len(samples)} for {team.size} processes; give at least one for each, or use fewer processes"
         )
-    return team.mine(samples, [float(len(sample)) for sample in samples])
+    return team.mine(samples, [float(sample.numel()) for sample in samples])
 
 
 def job_of(samples: list[Tensor], config: QuantizationConfig, dtype: torch.dtype, shard_size: int) -> Job:
     """The run over these samples, for estimates of it."""
-    lengths = [len(sample) for sample in samples]
-    return Job(
-        tokens=sum(lengths),
-        longest=max(lengths, default=0),
-        compute_bytes=dtype.itemsize,
-        shard_size=shard_size,
-        clip=config.clip,
-        true_sequential=config.true_sequential,
-    )
+    sizes = [sample.numel() for sample in samples]
+    return Job.of(config, sum(sizes), max(sizes, default=0), dtype.itemsize, shard_size)
 
 
 def _plan(
@@ -206,8 +204,8 @@ def _plan(
     if spill is not None:
         return Plan({"none": "device"}.get(spill, spill))
     free, _ = torch.cuda.mem_get_info(device)
-    hidden = read_config(model_dir).hidden_size
-    return Plan("device" if job.tokens * hidden * job.compute_bytes < free / 2 else "host")
+    waiting = streams(job) * job.tokens * read_config(model_dir).hidden_size * job.compute_bytes
+    return Plan("device" if waiting < free / 2 else "host")
 
 
 def _facts(
@@ -223,20 +221,6 @@ def _facts(
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         **{name: version(name) for name in ("torch", "transformers", "marlin-gptq")},
     }
-
-
-def _linears_of(stream: BlockStream, config: QuantizationConfig) -> list[dict[str, nn.Linear]]:
-    """The linears to quantize, block by block; InputError if a group does not fit or there is nothing to do."""
-    linears = []
-    for index in range(stream.n_blocks):
-        linears.append(block_linears(stream.block_module(index), stream.block_name(index), config))
-        require_divisible(linears[-1], config)
-    blocks = [(stream.block_module(index), stream.block_name(index)) for index in range(stream.n_blocks)]
-    require_matches(config, [name for block in blocks for name in linear_names(*block)])
-    if not any(linears):
-        patterns = [*config.skip, *(rule.match for rule in config.overrides if rule.bits == 16)]
-        raise InputError(f"skip: {', '.join(patterns)} leaves no linear to quantize")
-    return linears
 
 
 def _loops(
@@ -255,294 +239,3 @@ def _loops(
         inner_loops(device, *kind, target)
     own = {inner_loops(device, *kind, target).name for kind in kinds}
     return ", ".join(sorted(set().union(*(team.object_from(process, own) for process in range(team.size)))))
-
-
-def _output_bytes(
-    stream: BlockStream, linears: list[dict[str, nn.Linear]], config: QuantizationConfig, target: torch.dtype
-) -> int:
-    """Bytes of all tensors of the result, exactly; safetensors headers and small files come on top."""
-    replaced = {name: linear for block in linears for name, linear in block.items()}
-    size = 0
-    for name, linear in replaced.items():
-        k, n = padded_features(linear.in_features, linear.out_features)
-        groups = linear.in_features // columns_per_group(linear.in_features, config.group_size_of(name))
-        size += k * n // 2 + groups * n * target.itemsize
-    for name, elements in stream.elements():
-        if name.removesuffix(".weight") not in replaced:
-            size += elements * target.itemsize
-    return size
-
-
-@dataclass
-class _Run:
-    """What every step of one quantization shares."""
-
-    stream: BlockStream
-    config: QuantizationConfig
-    target: torch.dtype
-    total: int
-    progress: Callable[[ProgressEvent], None] | None
-    work: WorkDirectory | None
-    plan: Plan
-    disk: Path
-    team: Team
-    records: list[LinearRecord] = field(default_factory=list)
-    quantized: list[tuple[nn.Linear, QuantizedWeight]] = field(default_factory=list)
-    solved: int = 0
-
-    def report(self, stage: str, block: int, linear: str | None, error: float | None) -> None:
-        if self.progress is not None:
-            done = min(self.total, len(self.records) + self.solved * self.team.size)
-            self.progress(ProgressEvent(stage, block, self.stream.n_blocks, linear, done, self.total, error))
-
-    def stored(self, name: str, tensor: Tensor) -> Tensor:
-        """Floats in the dtype of the result; QuantizationError where they overflow it."""
-        if not tensor.is_floating_point():
-            return tensor
-        require_finite(name, tensor, "the checkpoint is damaged")
-        cast = tensor.to(self.target)
-        require_finite(name, cast, f"they overflow {self.target}; use --dtype bfloat16")
-        return cast
-
-    def embed(self, samples: list[Tensor]) -> Activations:
-        """Block 0's inputs, [1, T, hidden] each, where the plan keeps them."""
-        vocabulary = self.stream.config.vocab_size
-        hidden = Activations(
-            [len(sample) for sample in samples],
-            self.stream.config.hidden_size,
-            self.stream.dtype,
-            self.stream.device,
-            place=self.plan.place,
-            directory=self.disk,
-            tracked=self.team.from_leader(self.work is not None),
-        )
-        for position, sample in enumerate(samples):
-            if int(sample.max()) >= vocabulary or int(sample.min()) < 0:
-                raise InputError(
-                    f"token {int(sample.max())} is outside the model's vocabulary of {vocabulary}: the tokenizer "
-                    "does not belong to this model"
-                )
-            hidden.put(position, self.stream.embed(sample.unsqueeze(0)))
-        self.stream.release()
-        return_free_memory()
-        return hidden
-
-    def copy_outer(self, writer: CheckpointWriter) -> None:
-        """Write the tensors outside the blocks as they are."""
-        for name, tensor in self.stream.outer_parameters():
-            writer.add(name, self.stored(name, tensor))
-        return_free_memory()
-
-    def block(self, index: int, names: list[str], hidden: Activations) -> dict[str, Tensor]:
-        """Quantize block `index`, or take it from the work directory; `hidden` becomes the inputs of the next block.
-
-        Returns the block's tensors as they are to be written, by the names the model has for them.
-        """
-        with self.stream.block(index) as block:
-            prefix = self.stream.block_name(index)
-            linears = {name: _linear(block, name.removeprefix(f"{prefix}.")) for name in names}
-            tensors = self._finished_before(index, block, linears, hidden)
-            if tensors is None:
-                first = len(self.records)
-                tensors = self._quantize_block(index, block, linears, hidden)
-                if hidden.tracked:
-                    digest = self.team.digest(hidden.digest())
-                    record = {"linears": [asdict(linear) for linear in self.records[first:]]}
-                    if self.work is not None:
-                        self.work.put(step_name(index), digest, tensors, record)
-            if index + 1 < self.stream.n_blocks:
-                for position, inputs in enumerate(hidden):
-                    hidden.put(position, self.stream.run(index, inputs))
-            return tensors
-
-    def _finished_before(
-        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], hidden: Activations
-    ) -> dict[str, Tensor] | None:
-        if not hidden.tracked:
-            return None
-        digest = self.team.digest(hidden.digest())
-        step = self.team.from_leader(None if self.work is None else self.work.get(step_name(index), digest))
-        if step is None:
-            return None
-        sizes = {name: self.config.group_size_of(name) for name in linears}
-        install_block(block, self.stream.block_name(index), linears, step.tensors, sizes)
-        for record in step.record["linears"]:
-            self.records.append(LinearRecord(**record))
-            self.report("resume", index, self.records[-1].name, self.records[-1].relative_error)
-        return step.tensors
-
-    def _quantize_block(
-        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], hidden: Activations
-    ) -> dict[str, Tensor]:
-        self.report("calibrate", index, None, None)
-        packed: dict[str, Tensor] = {}
-        if self.config.method == "rtn":
-            self._quantize(index, [[name] for name in linears], linears, Calibrated({}), packed)
-            self.quantized.clear()  # nothing runs through the block any more
-        elif linears:
-            in_order = stages(self.stream, index, linears, hidden[0])
-            together = [[group for groups in in_order for group in groups]]
-            for stage in in_order if self.config.true_sequential else together:
-                for groups in self._passes(stage, linears):
-                    found = collect_hessians(self.stream, index, groups, linears, hidden, self.team.add_up)
-                    self._warn_of_starved(found)
-                    self._quantize(index, groups, linears, found, packed)
-                self._replace_weights()
-        kept = {
-            name: self.stored(name, tensor)
-            for name, tensor in _named_tensors(block, self.stream.block_name(index))
-            if name.removesuffix(".weight") not in linears
-        }
-        return kept | packed
-
-    def _passes(self, stage: Groups, linears: dict[str, nn.Linear]) -> list[Groups]:
-        """The groups of a stage in as many passes as their Hessians' memory asks for."""
-        by_name = {group[0]: group for group in stage}
-        sizes = [(name, linears[name].in_features) for name in by_name]
-        return [[by_name[name] for name in names] for names in hessian_passes(sizes, self.plan.hessian_bytes)]
-
-    def _replace_weights(self) -> None:
-        """Quantized weights come into their block when its stage is done, so that every pass of one sees the same."""
-        for linear, part in self.quantized:
-            linear.weight = nn.Parameter(part.dequantize().to(linear.weight.dtype), requires_grad=False)
-        self.quantized.clear()
-
-    def _quantize(
-        self,
-        index: int,
-        groups: Groups,
-        linears: dict[str, nn.Linear],
-        calibrated: Calibrated,
-        packed: dict[str, Tensor],
-    ) -> None:
-        """Solve the groups, each in one process of the team, and note their codes, scales and records in all."""
-        owners = share_out([self._cost(group, linears) for group in groups], self.team.size)
-        solved = {
-            group[0]: self._solve_group(index, group, linears, calibrated)
-            for group, owner in zip(groups, owners, strict=True)
-            if owner == self.team.rank
-        }
-        self.solved = 0
-        for group, owner in zip(groups, owners, strict=True):
-            parts, records = solved.pop(group[0], ({}, []))
-            self.records += self.team.object_from(owner, records)
-            for name in group:
-                part = self._part_from(owner, parts.get(name), name, linears[name])
-                packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
-                self.quantized.append((linears[name], part))
-
-    def _cost(self, group: list[str], linears: dict[str, nn.Linear]) -> float:
-        """Of solving a group, in multiplications: its factor, and the search and updates of its rows."""
-        features = linears[group[0]].in_features
-        return 2 * features**3 + sum(linears[name].out_features for name in group) * features * (features / 2 + 10_000)
-
-    def _part_from(self, owner: int, part: QuantizedWeight | None, name: str, linear: nn.Linear) -> QuantizedWeight:
-        group_size = self.config.group_size_of(name)
-        if part is None:
-            groups = linear.in_features // columns_per_group(linear.in_features, group_size)
-            codes = torch.empty(linear.weight.shape, dtype=torch.uint8, device=linear.weight.device)
-            scales = torch.empty(linear.out_features, groups, dtype=self.target, device=linear.weight.device)
-            part = QuantizedWeight(codes, scales, None, group_size)
-        codes, scales = (self.team.tensor_from(owner, tensor) for tensor in (part.codes, part.scales))
-        return QuantizedWeight(codes, scales, None, group_size)
-
-    def _solve_group(
-        self, index: int, group: list[str], linears: dict[str, nn.Linear], calibrated: Calibrated
-    ) -> tuple[dict[str, QuantizedWeight], list[LinearRecord]]:
-        return_free_memory()
-        started = time.perf_counter()
-        hessian, found = None, Factor(torch.empty(0), 0.0)
-        if self.config.method == "gptq":
-            hessian, found = self._factor(group, calibrated)
-        shared = (time.perf_counter() - started) / len(group)
-        parts: dict[str, QuantizedWeight] = {}
-        records: list[LinearRecord] = []
-        for names in self._of_one_group_size(group):
-            return_free_memory()
-            started = time.perf_counter()
-            # Rows are independent: linears of one input are solved as one tall weight under one Hessian.
-            weight = torch.cat([self._weight(name, linears[name]) for name in names])
-            quantized = self._solve(weight, found.upper, self.config.group_size_of(names[0]))
-            seconds = time.perf_counter() - started
-            row = 0
-            for name in names:
-                rows = slice(row, row + linears[name].out_features)
-                row = rows.stop
-                part = quantized.rows(rows.start, rows.stop)
-                error = relative_error(weight[rows], part.dequantize(), hessian)
-                share = shared + seconds * linears[name].out_features / weight.shape[0]
-                tokens = calibrated.tokens.get(group[0], 0)
-                parts[name] = part
-                records.append(linear_record(name, index, part, error, found.damp_percent, share, tokens))
-                self.solved += 1
-                self.report("quantize", index, name, error)
-        return parts, records
-
-    def _of_one_group_size(self, group: list[str]) -> Groups:
-        sizes = dict.fromkeys(map(self.config.group_size_of, group))
-        return [[name for name in group if self.config.group_size_of(name) == size] for size in sizes]
-
-    def _solve(self, weight: Tensor, upper: Tensor, group_size: int) -> QuantizedWeight:
-        if self.config.method == "rtn":
-            return rtn_quantize(weight, group_size=group_size, scale_dtype=self.target)
-        return join_rows(
-            [
-                gptq_quantize(
-                    rows,
-                    upper,
-                    group_size=group_size,
-                    scale_dtype=self.target,
-                    block_size=self.config.block_size,
-                    clip=self.config.clip,
-                )
-                for rows in weight.split(self.plan.rows or len(weight))
-            ]
-        )
-
-    def _warn_of_starved(self, found: Calibrated) -> None:
-        if found.filled and self.team.leads:
-            few = ", ".join(f"{name} {found.tokens[name]}" for name in sorted(found.filled)[:4])
-            logger.warning(
-                "%d of %d groups of linears are experts' that saw fewer tokens than they have input features (%s%s): "
-                "other tokens of their layer fill their Hessians up; more calibration text helps",
-                len(found.filled),
-                len(found.hessians),
-                few,
-                ", …" if len(found.filled) > 4 else "",
-            )
-
-    def _weight(self, name: str, linear: nn.Linear) -> Tensor:
-        require_finite(f"{name}.weight", linear.weight.to(self.target), f"they overflow {self.target}")
-        return linear.weight.float()
-
-    def _factor(self, group: list[str], calibrated: Calibrated) -> tuple[Tensor, Factor]:
-        try:
-            hessian = calibrated.hessians[group[0]].mean()
-            found = factor(hessian, self.config.damp_percent)
-        except NotPositiveDefinite as error:
-            raise QuantizationError(f"{group[0]}: {error}; use more or other calibration text") from error
-        except ValueError as error:
-            raise QuantizationError(f"{group[0]}: {error}; try --dtype bfloat16") from error
-        if found.damp_percent != self.config.damp_percent:
-            logger.warning(
-                "%s: the Hessian was not positive definite, damping raised from %g to %g",
-                ", ".join(group),
-                self.config.damp_percent,
-                found.damp_percent,
-            )
-        return hessian, found
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    module = block.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    return module
-
-
-def step_name(index: int) -> str:
-    """What the work directory calls a block."""
-    return f"block-{index:05d}"
-
-
-def _named_tensors(block: nn.Module, prefix: str) -> list[tuple[str, Tensor]]:
-    return [(f"{prefix}.{name}", tensor) for name, tensor in block.state_dict().items()]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.costs import Cost
 from marlin_gptq.quantization.weight import QuantizedWeight
 
 
@@ -16,7 +17,8 @@ class LinearRecord:
 
     relative_error  squared output error over squared output under the calibration Hessian (of the weights alone for
                     method rtn); damp_percent is what the factorisation took, 0 for rtn; tokens are those of the
-                    calibration text that reached the linear (of an expert: that were routed to it), 0 for rtn.
+                    calibration text that reached the linear (of an expert: that were routed to it), 0 for rtn. Scales
+                    are without their signs.
     """
 
     name: str
@@ -34,7 +36,11 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """Sent as work goes on: `done` of `total` linears are finished; stage is calibrate, quantize or write."""
+    """Sent as work goes on: `done` of `total` linears are finished; stage is calibrate, quantize or write.
+
+    Then, if the model is tuned end to end, `done` of `total` windows written by the model (write text), blocks run
+    (teacher) or steps (tune, whose relative_error is the KL in nats) are finished.
+    """
 
     stage: str
     block: int
@@ -63,6 +69,8 @@ class QuantizeReport:
     bytes_after: int
     peak_gpu_bytes: int | None
     unknown_tensors: list[str]
+    costs: dict[str, Cost] = field(default_factory=dict)
+    tuning: dict[str, Any] | None = None
     records: list[LinearRecord] = field(default_factory=list)
     inner_loops: str = "torch"
 
@@ -97,7 +105,7 @@ def linear_record(
 ) -> LinearRecord:
     """The record of a quantized linear, with the statistics of its scales."""
     out_features, in_features = weight.codes.shape
-    scales = weight.scales.float()
+    scales = weight.scales.float().abs()
     return LinearRecord(
         name=name,
         block=block,

@@ -5,7 +5,7 @@
 #
 # DATA holds the model directories and calib/calib.jsonl (256 documents of 2 to 2048 tokens are taken, by seed). A model
 # that is not there is skipped; tiny-llama is in examples/, and calibrates with embedded text if DATA is missing.
-# SEEDS="0 1 2" gives the spread over calibration seeds; DEVICE=cpu|cuda|auto.
+# SEEDS="0 1 2" gives the spread over calibration seeds; PRESETS="marlin fast best" more recipes than marlin; DEVICE=cpu|cuda|auto.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:-../shared/data}
@@ -36,10 +36,12 @@ for name in "${models[@]}"; do
     fi
     made=("$out/$name-rtn")
     run marlin-quantize "$model" --wbits 4 --method rtn -o "$out/$name-rtn" --overwrite "${device[@]}"
-    for seed in ${SEEDS:-0}; do
-        made+=("$out/$name-marlin-$seed")
-        run marlin-quantize "$model" --wbits 4 -o "$out/$name-marlin-$seed" --overwrite "${device[@]}" \
-            "${calibration[@]}" --n-samples 256 --seq-len 2048 --seed "$seed"
+    for preset in ${PRESETS:-marlin}; do
+        for seed in ${SEEDS:-0}; do
+            made+=("$out/$name-$preset-$seed")
+            run marlin-quantize "$model" --wbits 4 --preset "$preset" -o "$out/$name-$preset-$seed" --overwrite \
+                "${device[@]}" "${calibration[@]}" --n-samples 256 --seq-len 2048 --seed "$seed"
+        done
     done
     for quantized in "${made[@]}"; do
         # the first command for perplexity, of the whole text; the second for KL and top-1, over the first 40 windows

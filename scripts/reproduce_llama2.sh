@@ -61,7 +61,7 @@ for pair in "${models[@]}"; do
     if [ -f "$quantized/config.json" ]; then
         echo "kept: $quantized is there already"
     else
-        run marlin-quantize "$model" --wbits 4 -o "$quantized" --dataset "$calibration" --n-samples "$n_samples" --device "$device"
+        run marlin-quantize "$model" --wbits 4 --preset marlin -o "$quantized" --dataset "$calibration" --n-samples "$n_samples" --device "$device"
     fi
     run marlin-eval report "$quantized" --baseline "$model" --datasets "$datasets" --device "$device" \
         ${mmlu[@]+"${mmlu[@]}"} ${subjects[@]+"${subjects[@]}"} ${limit[@]+"${limit[@]}"} -o "$out/$name.html"

@@ -20,7 +20,9 @@ LENGTHS = [3, 1, 7, 2]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_every_place_gives_back_what_was_put(tmp_path: Path, place: str, dtype: torch.dtype) -> None:
-    store = Activations(LENGTHS, 5, dtype, CPU, place=place, directory=tmp_path, tracked=True)
+    store = Activations(
+        [(1, length) for length in LENGTHS], 5, dtype, CPU, place=place, directory=tmp_path, tracked=True
+    )
     tensors = [torch.randn(1, length, 5).to(dtype) for length in LENGTHS]
     for position in (2, 0, 3, 1):
         store.put(position, tensors[position])
@@ -40,11 +42,11 @@ def test_a_disk_too_small_is_said_before_any_work(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(activations.os, "posix_fallocate", full)
     with pytest.raises(CheckpointError, match=r"the disk is full: activations need 0\.1 MB and .* are free; make room"):
-        Activations([1000], 25, torch.float32, CPU, place="disk", directory=tmp_path)
+        Activations([(1, 1000)], 25, torch.float32, CPU, place="disk", directory=tmp_path)
     monkeypatch.undo()
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written"):
-        Activations([1], 1, torch.float32, CPU, place="disk", directory=tmp_path / "file")
+        Activations([(1, 1)], 1, torch.float32, CPU, place="disk", directory=tmp_path / "file")
     assert os.listdir(tmp_path) == ["file"]
 
 

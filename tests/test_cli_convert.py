@@ -117,6 +117,25 @@ def test_quantizing_into_another_format_is_quantizing_and_converting(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"], "nothing is left beside it"
 
 
+def test_a_tuned_recipe_in_another_format(tmp_path: Path) -> None:
+    """Blocks in one staging directory, the tuned model in another; what comes out is the latter, converted."""
+    model, texts = save_character_model(tmp_path / "model"), tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"document {i} " * (i + 1)}) + "\n" for i in range(8)))
+    arguments = (model, "--dataset", texts, "--n-samples", 8, "--device", "cpu", "--preset", "best", "--tune-steps", 4,
+                 "--tune-batch", 2, "--tune-written", 0, "--no-clip", "--tune-rate", 1e-2)  # fmt: skip
+    result = run(quantize.main, *arguments, "-o", tmp_path / "out", "--format", "gptq", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["tuning"]["codes_changed"] > 0 and report["output"] == str(tmp_path / "out")
+    assert run(quantize.main, *arguments, "-o", tmp_path / "marlin").exit_code == 0
+    assert run(convert.main, tmp_path / "marlin", "--to", "gptq", "-o", tmp_path / "other").exit_code == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert any(bool((tensor < 0).any()) for name, tensor in one.items() if name.endswith(".scales"))
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["marlin", "model", "other", "out", "texts.jsonl"], "nothing is left beside it"
+
+
 def test_bfloat16_models_in_formats_of_float16(tmp_path: Path) -> None:
     base = save_character_model(tmp_path / "base")
     other = save_tiny_model(tmp_path / "bf16", dtype=torch.bfloat16)

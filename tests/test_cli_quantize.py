@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from marlin_gptq import pipeline
 from marlin_gptq.cli import failures, options, quantize
 from marlin_gptq.cli.quantize import main
+from marlin_gptq.config import DEFAULT_PRESET
 from marlin_gptq.errors import InputError
 
 
@@ -37,7 +38,9 @@ def texts(tmp_path: Path) -> str:
 
 
 def run(*arguments: Any) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    """The command, with the recipe that is quick without a GPU unless another is named."""
+    recipe = () if "--preset" in arguments else ("--preset", "marlin")
+    return CliRunner().invoke(main, [str(argument) for argument in (*arguments, *recipe)])
 
 
 def refused(*arguments: Any) -> str:
@@ -69,6 +72,20 @@ def test_a_whole_run(model_dir: Path, texts: str, tmp_path: Path) -> None:
     assert len(progress) == 14, "a plain line for each linear of two blocks"
     assert progress[0].startswith("[1/14] block 1/2  model.layers.0.self_attn.q_proj  error 0.")
     assert "  left " in progress[0] and "elapsed" in progress[-1]
+
+
+def test_a_recipe_that_tunes_tells_how_far_it_is(model_dir: Path, texts: str, tmp_path: Path) -> None:
+    assert {p.name: p.default for p in main.params}["preset"] == DEFAULT_PRESET
+    output = tmp_path / "out"
+    short = ("--tune-steps", 20, "--tune-batch", 2, "--tune-written", 2, "--refine-sweeps", 1, "--no-signed-scales")
+    result = run(model_dir, "-o", output, "--dataset", texts, "--device", "cpu", "--preset", "best", *short)
+    assert result.exit_code == 0, result.output
+    settings = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert (settings["preset"], settings["tune_steps"], settings["signed_scales"]) == ("best", 20, False)
+    assert (settings["tune_codes"], settings["damp_percent"], settings["refine_sweeps"]) == (True, 0.01, 1)
+    assert re.search(r"^tuning     KL 0\.\d+ -> 0\.\d+ on 1 windows kept aside", result.stdout, flags=re.MULTILINE)
+    assert re.search(r"^tune: 50%  elapsed 0:\d\d  left 0:\d\d  KL 0\.\d+$", result.stderr, flags=re.MULTILINE)
+    assert "write text: 100%" in result.stderr and "full precision: 100%" in result.stderr
 
 
 def test_json_is_one_object_on_stdout(model_dir: Path, texts: str, tmp_path: Path) -> None:
@@ -114,7 +131,9 @@ def test_help_names_every_option_of_the_recipe() -> None:
             r"--[a-z-]+",
             """
         --wbits --output --group-size --damp --n-samples --seq-len --dataset --seed --method --preset --no-clip
-        --true-sequential --dtype --device --skip --shard-size --overwrite --json --revision --offline --debug
+        --true-sequential --signed-scales --clip-hessian --act-order --token-cap --correct-target --refine-sweeps
+        --pack --tune-steps --tune-codes --tune-batch --tune-rate --tune-scale-rate --tune-written
+        --dtype --device --skip --shard-size --overwrite --json --revision --offline --debug
     """,
         )
     )

@@ -28,7 +28,8 @@ def texts(tmp_path: Path) -> Path:
 
 
 def run(*arguments: Any) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    recipe = () if "--resume" in arguments or "--preset" in arguments else ("--preset", "marlin")
+    return CliRunner().invoke(main, [str(argument) for argument in (*arguments, *recipe)])
 
 
 def refused(*arguments: Any) -> str:

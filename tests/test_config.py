@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.config import DEFAULT_PRESET, PRESETS, QuantizationConfig
 from marlin_gptq.errors import InputError
 
 
@@ -19,6 +19,20 @@ def test_defaults_are_the_seed_recipe() -> None:
         True,
         False,
     )
+
+
+def test_presets_name_themselves_and_take_changes() -> None:
+    assert QuantizationConfig.from_preset("marlin") == QuantizationConfig()
+    assert QuantizationConfig.from_preset().preset == DEFAULT_PRESET
+    best = QuantizationConfig.from_preset("best")
+    assert best.preset == "best" and best.tune_steps > 0 and best.tune_codes and best.signed_scales
+    changed = QuantizationConfig.from_preset("fast", tune_steps=3, group_size=64)
+    assert (changed.preset, changed.tune_steps, changed.group_size, changed.pack) == ("fast", 3, 64, True)
+    with pytest.raises(InputError, match="preset: got 'slow', expected one of best, fast, marlin"):
+        QuantizationConfig.from_preset("slow")
+    for preset in PRESETS:
+        config = QuantizationConfig.from_preset(preset)
+        assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_round_trip_through_json() -> None:
@@ -44,7 +58,15 @@ def test_skip_matches_anywhere_in_the_name() -> None:
         ({"sym": False}, "sym: got false"),
         ({"desc_act": True}, "desc_act: got true"),
         ({"method": "awq"}, "method: got 'awq', expected 'gptq' or 'rtn'"),
-        ({"preset": "other"}, "preset: got 'other', expected 'marlin'"),
+        ({"preset": "other"}, "preset: got 'other', expected one of best, fast, marlin"),
+        ({"act_order": True}, "act_order: got True, expected one of none, groups, columns"),
+        ({"act_order": "columns", "clip": False}, "act_order: got 'columns' without clip"),
+        ({"clip_hessian": "both"}, "clip_hessian: got 'both', expected one of conditional, plain"),
+        ({"correct_target": 1.5}, "correct_target: got 1.5, expected a number from 0 to 1"),
+        ({"token_cap": -1}, "token_cap: got -1, expected a number from 0"),
+        ({"refine_sweeps": 1.5}, "refine_sweeps: got 1.5, expected a whole number from 0 to 100"),
+        ({"tune_steps": True}, "tune_steps: got True, expected a whole number"),
+        ({"tune_rate": 0}, "tune_rate: got 0, expected a number from 1e-07 to 1"),
         ({"damp_percent": 0}, "damp_percent: got 0, expected a number above 0"),
         ({"damp_percent": "a"}, "damp_percent: got a"),
         ({"block_size": 100}, "block_size: got 100, expected a positive multiple of 32"),
@@ -57,7 +79,7 @@ def test_skip_matches_anywhere_in_the_name() -> None:
         ({"skip": (".*.*.*.*.*x",)}, "more than 4 repetitions"),
         ({"clip": "yes"}, "clip: got 'yes', expected true or false"),
         ({"group_size": 128.0}, "group_size: got 128.0"),
-        ({"preset": "none"}, "preset: got 'none', expected 'marlin'"),
+        ({"preset": "none"}, "preset: got 'none', expected one of best, fast, marlin"),
     ],
 )
 def test_bad_settings_are_named(changes: dict, message: str) -> None:

@@ -33,6 +33,8 @@ team, folder = Team(dist.get_rank(), dist.get_world_size()), Path(sys.argv[1])
 for name in sys.argv[3:]:
     source, output = name.split(":")
     config = QuantizationConfig(true_sequential="sequential" in output)
+    if output == "techniques":
+        config = QuantizationConfig(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1)
     work = WorkDirectory.new(folder / "work", {}) if team.leads and output == "kept" else None
     if output == "resumed" and team.leads:
         (folder / "work" / "block-00001.json").unlink()
@@ -64,13 +66,19 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     save_tiny_model(tmp_path / "llama")
     save_tiny_model(tmp_path / "experts", "qwen3_moe", **EXPERT_MODELS["qwen3_moe"])
-    jobs = ["llama:two", "llama:sequential", "llama:kept", "llama:resumed", "experts:experts-two"]
+    jobs = ["llama:two", "llama:sequential", "llama:kept", "llama:resumed", "experts:experts-two", "llama:techniques"]
     done = start(2, tmp_path / "worker.py", tmp_path, Path(__file__).parent, *jobs)
     assert done.returncode == 0, done.stderr
     assert equal(tmp_path / "two", tmp_path / "kept"), "the same each time"
     assert equal(tmp_path / "two", tmp_path / "resumed")
-    for source, output in (("llama", "two"), ("llama", "sequential"), ("experts", "experts-two")):
-        config = QuantizationConfig(true_sequential=output == "sequential")
+    techniques = QuantizationConfig(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1)
+    for source, output in (
+        ("llama", "two"),
+        ("llama", "sequential"),
+        ("experts", "experts-two"),
+        ("llama", "techniques"),
+    ):
+        config = techniques if output == "techniques" else QuantizationConfig(true_sequential=output == "sequential")
         report = quantize_model(tmp_path / source, tmp_path / f"{output}-one", config, random_samples(12), device=CPU)
         one, two = tensors_of(tmp_path / f"{output}-one"), tensors_of(tmp_path / output)
         assert list(one) == list(two)
@@ -89,7 +97,19 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     source = save_character_model(tmp_path / "source")
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"document {i} " * (i + 1)}) + "\n" for i in range(8)))
-    arguments = (source, "-o", tmp_path / "out", "--dataset", texts, "--n-samples", 5, "--json", "--no-clip")
+    arguments = (
+        source,
+        "-o",
+        tmp_path / "out",
+        "--dataset",
+        texts,
+        "--n-samples",
+        5,
+        "--json",
+        "--no-clip",
+        "--preset",
+        "marlin",
+    )
     done = start(2, "-m", "marlin_gptq.cli.quantize", *arguments, "--work-dir", tmp_path / "work", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

@@ -12,10 +12,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from marlin_gptq.config import DEFAULT_PRESET
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md"]
-DOCUMENTS += ["docs/design.md", "docs/evaluation.md", "docs/serving.md"]
+DOCUMENTS += ["docs/design.md", "docs/evaluation.md", "docs/serving.md", "docs/accuracy.md"]
 COMMANDS = ("marlin-quantize", "marlin-eval", "marlin-generate", "marlin-convert", "marlin-inspect")
 
 
@@ -123,6 +125,17 @@ def test_options_table_is_the_help() -> None:
     rows = set(re.findall(r"^\| `(--?[a-z-]+)", section("Options of marlin-quantize"), flags=re.MULTILINE))
     long = {max(p.opts, key=len) for p in load("marlin-quantize").params if isinstance(p, click.Option)}
     assert rows == long - {"--help", "--version"}
+
+
+def test_documents_name_the_default_preset() -> None:
+    """Whoever changes the constant is led to the places that speak of it."""
+    assert f"The default recipe is `--preset {DEFAULT_PRESET}`" in README
+    assert re.search(rf"^\| `--preset` \| {DEFAULT_PRESET} \|", README, flags=re.MULTILINE)
+    accuracy, changelog = (ROOT / name for name in ("docs/accuracy.md", "CHANGELOG.md"))
+    assert re.findall(r"`(\w+)` \(default\)", accuracy.read_text("utf-8")) == [DEFAULT_PRESET]
+    assert re.findall(r"`(\w+)` \(default\)", changelog.read_text("utf-8")) == [DEFAULT_PRESET]
+    text = " ".join(CliRunner().invoke(load("marlin-quantize"), ["--help"]).stdout.split())
+    assert f"[default: {DEFAULT_PRESET}]" in text
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,11 +86,13 @@ from marlin_gptq.estimates import Job, Plan, memory_on_cpu
 from marlin_gptq.modeling.outline import outline
 torch.set_num_threads(1)
 source, count, length, method = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-config = QuantizationConfig(method=method, clip=False)
+techniques = dict(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1)
+gptq, more = method != "rtn", techniques if method == "techniques" else {}
+config = QuantizationConfig(method="gptq" if gptq else "rtn", clip=False, **more)
 found = outline(source, config)
 before = resident_bytes()
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, here
-job = Job(*((count * length, length) if method == "gptq" else (0, 0)), 4, 10**7, clip=False)
+job = Job.of(config, *((count * length, length) if gptq else (0, 0)), 4, 10**7)
 samples = [torch.randint(0, 90, (length,)) for _ in range(count)]
 quantize_model(source, Path(sys.argv[5]), config, samples, device=torch.device("cpu"), shard_size=10**7)
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -123,6 +126,9 @@ def test_memory_of_a_measured_run(tmp_path: Path) -> None:
         ({"hidden_size": 768, "intermediate_size": 4096}, 8, 512, "gptq"),
         ({"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 64000}, 64, 1024, "gptq"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 1, 2, "rtn"),
+        ({"hidden_size": 1024, "intermediate_size": 2816}, 16, 256, "techniques"),
+        ({"hidden_size": 768, "intermediate_size": 4096}, 8, 512, "techniques"),
+        ({"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 64000}, 64, 1024, "techniques"),
     ],
 )
 def test_memory_of_larger_measured_runs(tmp_path: Path, shape: dict, count: int, length: int, method: str) -> None:
@@ -143,6 +149,12 @@ def test_more_of_anything_takes_no_less(tmp_path: Path) -> None:
     assert memory(found, job, Plan("disk")).host == base.host
     assert memory(found, job, Plan("host", rows=2048)).device <= host.device
     assert memory_on_cpu(found, job, Plan()) >= base.device + base.host
+    for technique in ({"corrected": True}, {"act_order": "groups"}, {"sweeps": 1}):
+        more = replace(job, **technique)  # type: ignore[arg-type]
+        assert memory(found, more, Plan()).device >= base.device + (0 if "sweeps" in technique else 4 * 4096**2), (
+            technique
+        )
+        assert memory(found, more, Plan("host", rows=512)).device < memory(found, more, Plan()).device
 
 
 def test_plans_give_up_speed_in_their_order(tmp_path: Path) -> None:
@@ -170,10 +182,17 @@ def test_passes_hold_what_they_may() -> None:
     assert hessian_passes([], 1) == []
 
 
-def test_a_frugal_run_gives_the_same_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [QuantizationConfig(), QuantizationConfig(correct_target=0.5, act_order="groups", refine_sweeps=1, pack=True)],
+    ids=["marlin", "techniques"],
+)
+def test_a_frugal_run_gives_the_same_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: QuantizationConfig
+) -> None:
     """Hessians in passes change nothing at all; pieces of rows and activations on disk neither, on this CPU."""
     source = save_tiny_model(tmp_path / "source")
-    config, samples = QuantizationConfig(), random_samples(8)
+    samples = random_samples(8)
     quantize_model(source, tmp_path / "whole", config, samples, device=CPU)
     for name, plan in {
         "passes": Plan(hessian_bytes=1),
@@ -208,13 +227,19 @@ def test_time_grows_with_its_parts(tmp_path: Path) -> None:
     tried = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 76
     assert few - unclipped == pytest.approx(1.25 * tried / 1e12)
     assert seconds(found, Job(0, 0, 2, 10**9), 1e14, 1e12) == 0
+    plain = Job.of(QuantizationConfig(), 128_000, 4096, 2, 10**9)
+    assert seconds(found, plain, 1e14, 1e12) == few
+    for changes in ({"refine_sweeps": 1}, {"signed_scales": True}, {"correct_target": 0.5}):
+        more = Job.of(QuantizationConfig(**changes), 128_000, 4096, 2, 10**9)  # type: ignore[arg-type]
+        assert seconds(found, more, 1e14, 1e12) > few
 
 
 # ---- the command
 
 
 def dry(*arguments: object) -> str:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments] + ["--dry-run"])
+    recipe = () if "--preset" in arguments else ("--preset", "marlin")
+    result = CliRunner().invoke(main, [str(argument) for argument in (*arguments, *recipe, "--dry-run")])
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -229,6 +254,17 @@ def test_dry_run_reads_the_config_only(tmp_path: Path) -> None:
     assert found["output_bytes"] == sum(entry["bytes"] for entry in found["tensors"])
     assert found["peak_host_bytes"] > found["host_bytes_now"] > 0
     assert list(tmp_path.iterdir()) == [model] and len(list(model.iterdir())) == 1
+
+
+def test_dry_run_says_what_the_tuning_adds(tmp_path: Path) -> None:
+    model = config_only(tmp_path / "model", **SEVEN_B)
+    text = dry(model, "--preset", "best")
+    assert "(memory, time and plan are those of the pass over the blocks, without the tuning)" in text
+    assert "tuning       1000 steps of 16 windows, on a GPU with 11" in text
+    found, plain = (json.loads(dry(model, "--preset", "best", "--json", *more)) for more in ((), ("--tune-steps", 0)))
+    assert plain["tuning"] is None and found["peak_gpu_bytes"] == plain["peak_gpu_bytes"]
+    assert 105e9 < found["tuning"]["least_gpu_bytes"] < 120e9 < found["tuning"]["most_gpu_bytes"]
+    assert "tuning" not in dry(model, "--preset", "marlin")
 
 
 def test_dry_run_of_a_hub_model_fetches_its_config_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +292,10 @@ def test_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
         (("--group-size", -1, "--max-gpu-memory", "1GB"), "--max-gpu-memory: got 1.00 GB, but"),
         (("--max-gpu-memory", "much"), "--max-gpu-memory: got 'much', expected a size such as"),
         (("--spill", "moon"), "Invalid value for '--spill'"),
+        (("--group-size", -1, "--preset", "best", "--max-gpu-memory", "80GB"), "together with --max-gpu-memory"),
+        (("--group-size", -1, "--preset", "best", "--work-dir", tmp_path / "work"), "together with a work directory"),
     ):
-        result = CliRunner().invoke(main, [str(argument) for argument in (model, "--dry-run", *arguments)])
+        result = CliRunner().invoke(
+            main, [str(argument) for argument in (model, "--dry-run", "--preset", "marlin", *arguments)]
+        )
         assert result.exit_code == 2 and sentence in result.stderr, result.output

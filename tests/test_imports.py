@@ -27,7 +27,7 @@ LAYERS = [
         "marlin_gptq.checkpoint",
         "marlin_gptq.text_sources",
     },
-    {"marlin_gptq.config", "marlin_gptq.text_files"},
+    {"marlin_gptq.config", "marlin_gptq.costs", "marlin_gptq.text_files"},
     {"marlin_gptq.errors"},
 ]
 PARTS = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import marlin_gptq.checkpoint as checkpoint
 import marlin_gptq.pipeline as pipeline
+import marlin_gptq.requirements as requirements
 from marlin_gptq import (
     CheckpointError,
     InputError,
@@ -329,11 +330,11 @@ def test_the_size_of_the_result_is_known_before_any_work(
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     message = rf"the disk is full: {size / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free; make room"
     with pytest.raises(CheckpointError, match=message):
-        pipeline.require_quantizable(source, tmp_path / "out", config)
+        requirements.require_quantizable(source, tmp_path / "out", config)
     with pytest.raises(CheckpointError, match=message):
         quantize(source, tmp_path / "out", config)
     free = size
-    pipeline.require_quantizable(source, tmp_path / "out", config)
+    requirements.require_quantizable(source, tmp_path / "out", config)
 
 
 def test_the_card_carries_the_name_of_a_hub_model(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized_dir(model_dir: Path, tmp_path: Path) -> Path:
     output = tmp_path / "quantized-model"
     arguments = [str(model_dir), "-o", str(output), "--dataset", "demo", "--n-samples", "4", "--seq-len", "512"]
+    arguments += ["--preset", "marlin"]
     result = CliRunner().invoke(quantize.main, arguments)
     assert result.exit_code == 0, result.output
     return output

@@ -28,7 +28,7 @@ from marlin_gptq.work_directory import WorkDirectory, model_digest
 CPU = torch.device("cpu")
 BLOCKS = 3
 SAMPLES = random_samples(6)
-TIMES = ("seconds", "output")
+TIMES = ("seconds", "output", "costs")
 
 
 class Killed(BaseException):
@@ -89,7 +89,13 @@ def test_a_run_in_one_piece_keeps_every_block(source: Path, tmp_path: Path, expe
 
 @pytest.mark.parametrize(
     "config",
-    [QuantizationConfig(true_sequential=True), QuantizationConfig(method="rtn"), QuantizationConfig(skip=("q_",))],
+    [
+        QuantizationConfig(true_sequential=True),
+        QuantizationConfig(method="rtn"),
+        QuantizationConfig(skip=("q_",)),
+        QuantizationConfig(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1),
+        QuantizationConfig(pack=True, act_order="columns", token_cap=4.0, clip_hessian="plain"),
+    ],
 )
 def test_every_recipe_goes_on(source: Path, tmp_path: Path, config: QuantizationConfig) -> None:
     samples = [] if config.method == "rtn" else SAMPLES

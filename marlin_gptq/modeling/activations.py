@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ _CHUNK = 1 << 20
 
 
 class Activations:
-    """One tensor [1, T, width] per sample, each of its own T, written and read by position.
+    """One tensor [B, T, width] per sample, each of its own B and T, written and read by position.
 
-    lengths    T of each sample.
+    shapes     (B, T) of each sample; B is 1 for documents, more for batches of windows.
     place      "device" as it is; "host" in page-locked memory if the device is a GPU (pageable copies crawl); "disk" in
                a file under `directory` that has no name, so that not even a killed process leaves it behind.
     tracked    keep a fingerprint of every tensor written, see `digest`.
@@ -37,7 +38,7 @@ class Activations:
 
     def __init__(
         self,
-        lengths: list[int],
+        shapes: list[tuple[int, int]],
         width: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -47,20 +48,20 @@ class Activations:
         tracked: bool = False,
     ) -> None:
         assert place in PLACES, place
-        self.lengths, self.width, self.dtype, self.device = lengths, width, dtype, device
+        self.shapes, self.width, self.dtype, self.device = shapes, width, dtype, device
         self.place = place
         self.tracked = tracked
-        self._held: list[Tensor | None] = [None] * len(lengths)
-        self._prints = [""] * len(lengths)
+        self._held: list[Tensor | None] = [None] * len(shapes)
+        self._prints = [""] * len(shapes)
         self._file = None
         if place == "disk":
-            self._file = _nameless_file(directory or Path(tempfile.gettempdir()), self._offset(len(lengths)))
+            self._file = _nameless_file(directory or Path(tempfile.gettempdir()), self._offset(len(shapes)))
             self._buffer = torch.empty(
-                max(lengths, default=0) * width, dtype=dtype, pin_memory=device.type == "cuda"
+                max((prod(shape) for shape in shapes), default=0) * width, dtype=dtype, pin_memory=device.type == "cuda"
             ).view(torch.uint8)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.shapes)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[position] for position in range(len(self)))
@@ -71,7 +72,7 @@ class Activations:
             start, stop = self._offset(position), self._offset(position + 1)
             piece = self._buffer[: stop - start]
             _read(self._file.fileno(), piece, start)
-            return piece.view(self.dtype).reshape(1, -1, self.width).to(self.device, copy=True)
+            return piece.view(self.dtype).reshape(*self.shapes[position], self.width).to(self.device, copy=True)
         held = self._held[position]
         assert held is not None, f"sample {position} was not written yet"
         return held.to(self.device, non_blocking=True)
@@ -98,7 +99,7 @@ class Activations:
         return hashlib.sha256("\n".join(self._prints).encode()).hexdigest()
 
     def _offset(self, position: int) -> int:
-        return sum(self.lengths[:position]) * self.width * self.dtype.itemsize
+        return sum(map(prod, self.shapes[:position])) * self.width * self.dtype.itemsize
 
 
 def fingerprint(tensor: Tensor) -> str:

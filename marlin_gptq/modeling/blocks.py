@@ -217,6 +217,13 @@ class BlockStream:
         with self._handing_over(self.n_blocks - 1, lambda _: hidden):
             return self.model(inputs_embeds=hidden, use_cache=False).logits
 
+    @torch.no_grad()
+    def final(self, hidden: Tensor) -> Tensor:
+        """The last block's output [B, T, hidden_size] → what the output head sees: the final norm, no logits."""
+        self._load(self._outer_modules(None))
+        with self._handing_over(self.n_blocks - 1, lambda _: hidden):
+            return self.model.get_decoder()(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
     def release(self) -> None:
         """Let the weights outside the blocks go; `embed` and `head` read them again when called."""
         for _, module in self._outer_modules(None):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from marlin_gptq.errors import InputError
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.experts import Experts, expert_lists
-from marlin_gptq.quantization.hessian import Hessian
+from marlin_gptq.quantization.hessian import Cross, Hessian
 
 Groups = list[list[str]]
-AddUp = Callable[[Iterable[Hessian]], None]
+AddUp = Callable[[Iterable[Hessian | Cross]], None]
 
 
 @dataclass
@@ -79,23 +80,25 @@ def collect_hessians(
     linears: dict[str, nn.Linear],
     hidden: Iterable[Tensor],
     add_up: AddUp = lambda _: None,
+    token_cap: float = 0.0,
 ) -> Calibrated:
     """Run all samples through the block and sum one Hessian per group.
 
-    add_up  sums Hessians over the processes of a run, each of which has samples of its own.
+    add_up     sums Hessians over the processes of a run, each of which has samples of its own.
+    token_cap  limits the weight of a token, see `Hessian.add`.
 
     An expert that fewer tokens reached than it has input features has a singular Hessian, or none. A second pass then
     takes all tokens of its layer through it, and they fill the Hessian up to as many tokens as there are features.
     """
     hessians = {group[0]: Hessian(linears[group[0]].in_features, stream.device) for group in groups}
-    hooks = [linears[name].register_forward_pre_hook(_summing(hessian)) for name, hessian in hessians.items()]
+    hooks = [linears[name].register_forward_pre_hook(_summing(h, token_cap)) for name, h in hessians.items()]
     _pass(stream, index, hidden, hooks)
     add_up(hessians.values())
     found = Calibrated(hessians, {name: hessian.tokens for name, hessian in hessians.items()})
     experts = _experts_of(stream.block_module(index), stream.block_name(index))
     starved = [name for name, h in hessians.items() if name in experts and h.tokens < linears[name].in_features]
     if starved:
-        _fill_up(stream, index, {name: experts[name] for name in starved}, found, hidden, add_up)
+        _fill_up(stream, index, {name: experts[name] for name in starved}, found, hidden, add_up, token_cap)
     return found
 
 
@@ -106,6 +109,7 @@ def _fill_up(
     found: Calibrated,
     hidden: Iterable[Tensor],
     add_up: AddUp,
+    token_cap: float,
 ) -> None:
     """Hessians of the whole layer's tokens, for the gate and up projections one for all, for each down its own."""
     layer: dict[int, Hessian] = {}
@@ -115,11 +119,11 @@ def _fill_up(
         features = found.hessians[name].sum.shape[0]
         if down:
             own[name] = Hessian(features, stream.device)
-            hooks.append(experts.register_forward_pre_hook(_summing(own[name], experts[number].inner)))
+            hooks.append(experts.register_forward_pre_hook(_summing(own[name], token_cap, experts[number].inner)))
         else:
             if id(experts) not in layer:
                 layer[id(experts)] = Hessian(features, stream.device)
-                hooks.append(experts.register_forward_pre_hook(_summing(layer[id(experts)])))
+                hooks.append(experts.register_forward_pre_hook(_summing(layer[id(experts)], token_cap)))
             own[name] = layer[id(experts)]
     _pass(stream, index, hidden, hooks)
     add_up({id(prior): prior for prior in own.values()}.values())
@@ -128,8 +132,10 @@ def _fill_up(
         found.filled.add(name)
 
 
-def _summing(hessian: Hessian, image: Callable[[Tensor], Tensor] | None = None) -> Callable[[nn.Module, tuple], None]:
-    return lambda _, args: hessian.add(args[0] if image is None else image(args[0]))
+def _summing(
+    hessian: Hessian, token_cap: float, image: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[nn.Module, tuple], None]:
+    return lambda _, args: hessian.add(args[0] if image is None else image(args[0]), token_cap)
 
 
 def _pass(stream: BlockStream, index: int, hidden: Iterable[Tensor], hooks: list) -> None:
@@ -162,3 +168,55 @@ def _expert_groups(block: nn.Module, prefix: str, linears: dict[str, nn.Linear])
             else:
                 pairs.setdefault((id(experts), number), []).append(name)
     return list(pairs.values()), downs
+
+
+def collect_cross(
+    stream: BlockStream,
+    index: int,
+    groups: Groups,
+    linears: dict[str, nn.Linear],
+    originals: dict[str, Tensor],
+    hidden: Iterable[Tensor],
+    full: Iterable[Tensor],
+    add_up: AddUp = lambda _: None,
+    token_cap: float = 0.0,
+) -> dict[str, Cross]:
+    """For each group, keyed by its first linear, how its inputs differ from those of the full-precision model.
+
+    hidden, full  the block's inputs after quantized and after full-precision blocks, sample by sample.
+    originals     the block's weights before any of it was quantized.
+    add_up, token_cap  as of `collect_hessians`.
+    """
+    crosses = {group[0]: Cross(linears[group[0]].in_features, stream.device) for group in groups}
+    caught: dict[str, Tensor] = {}
+
+    def catch(name: str) -> Callable[[nn.Module, tuple], None]:
+        return lambda _, args: caught.__setitem__(name, args[0])
+
+    hooks = [linears[name].register_forward_pre_hook(catch(name)) for name in crosses]
+    try:
+        for arriving, exact in zip(hidden, full, strict=True):
+            with full_precision(linears, originals):
+                stream.run(index, exact.to(stream.device))
+            wanted = dict(caught)
+            stream.run(index, arriving.to(stream.device))
+            for name, cross in crosses.items():
+                cross.add(wanted[name], caught[name], token_cap)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    add_up(crosses.values())
+    return crosses
+
+
+@contextmanager
+def full_precision(linears: dict[str, nn.Linear], originals: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the linears have their weights from before the quantization."""
+    quantized = {name: linear.weight for name, linear in linears.items()}
+    for name, linear in linears.items():
+        linear.weight = nn.Parameter(originals[name], requires_grad=False)
+    try:
+        yield
+    finally:
+        for name, linear in linears.items():
+            linear.weight = quantized[name]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from marlin_gptq.quantization.grid import clipped_scale, full_scale
+from marlin_gptq.quantization.grid import clipped_scale, full_scale, signed_scale, stored_scale
 from marlin_gptq.quantization.loops import inner_loops
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, round_to_codes
 
@@ -24,6 +24,9 @@ def gptq_quantize(
     scale_dtype: torch.dtype,
     block_size: int = 128,
     clip: bool = True,
+    signed: bool = False,
+    hessian: Tensor | None = None,
+    scales_of_columns: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize weight [out_features, in_features] (any float dtype) under `upper`, the factor U of `hessian.factor`.
 
@@ -32,6 +35,12 @@ def gptq_quantize(
 
     The inner loops are those of `loops.inner_loops`: on a GPU fused kernels, elsewhere plain torch. The two differ by
     the rounding of float32 sums (`fused.py`), and so, near a tie, in a code or a scale.
+
+    signed   let scales be negative (`grid.signed_scale`).
+    hessian  the damped H, [in_features, in_features]: clipping is then judged under its plain blocks instead of the
+             conditional ones, that is, as if no later column could make up for an error.
+    scales_of_columns  [out_features, in_features] in `scale_dtype`: steps fixed beforehand; none is searched, and the
+             scales of the result are those of each group's first column.
     """
     out_features, in_features = weight.shape
     columns = columns_per_group(in_features, group_size)
@@ -40,6 +49,8 @@ def gptq_quantize(
     remaining = weight.float().clone()
     codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(out_features, in_features // columns, dtype=scale_dtype, device=weight.device)
+    if scales_of_columns is not None:
+        scales.copy_(scales_of_columns[:, ::columns])
 
     loops = inner_loops(weight.device, columns, min(block_size, in_features), scale_dtype)
 
@@ -49,21 +60,27 @@ def gptq_quantize(
         block = remaining[:, start:stop].t().contiguous()
         block_codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
         square = upper[start:stop, start:stop].contiguous()
-        run = min(columns, stop - start)  # columns in a row that share a scale
+        # Columns in a row that share a scale; steps given beforehand are each column's own.
+        run = min(columns, stop - start) if scales_of_columns is None else stop - start
         for first in range(start, stop, run):
             group, inside = divmod(first, columns)
-            if inside == 0:
+            if inside == 0 and scales_of_columns is None:
                 end = first + columns
                 # A group longer than the block reaches into columns that all earlier blocks have compensated.
                 ahead = remaining[:, first:end] if end > stop else block[first - start : end - start].t()
                 if clip:
-                    found = clipped_scale(ahead, upper[first:end, first:end], scale_dtype, search=loops.best_scales)
+                    whitener = None if hessian is None else torch.linalg.cholesky(hessian[first:end, first:end])
+                    corner = upper[first:end, first:end]
+                    found = clipped_scale(
+                        ahead, corner, scale_dtype, signed=signed, whitener=whitener, search=loops.best_scales
+                    )
+                elif signed:
+                    found = stored_scale(signed_scale(ahead), scale_dtype)
                 else:
                     found = full_scale(ahead, scale_dtype)
                 scales[:, group] = found.squeeze(1)
-            loops.quantize_columns(
-                block, block_codes, errors, square, scales[:, group], first - start, first - start + run
-            )
+            steps = scales[:, group] if scales_of_columns is None else scales_of_columns[:, start:stop].t()
+            loops.quantize_columns(block, block_codes, errors, square, steps, first - start, first - start + run)
         codes[:, start:stop] = block_codes.t()
         loops.push_errors(remaining[:, stop:], errors, upper[start:stop, stop:])
     return QuantizedWeight(codes, scales, None, group_size)

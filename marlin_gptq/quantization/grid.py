@@ -15,7 +15,7 @@ from marlin_gptq.quantization.weight import round_to_codes
 
 # p = 1, 0.99, …, 0.25, as the original Marlin repository searches.
 CLIP_RATIOS = tuple(round(1 - 0.01 * step, 2) for step in range(76))
-# Scratch of the search: rows × columns × ratios tried at once, in elements of float32 (64 MiB).
+# Scratch of the search: rows × columns × candidates tried at once, in elements of float32 (64 MiB).
 SCRATCH_ELEMENTS = 1 << 24
 
 
@@ -28,10 +28,24 @@ def full_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the stored dtype before codes are chosen; never 0, Inf or subnormal, which no kernel need handle."""
+    """Round to the stored dtype before codes are chosen; never 0, Inf or subnormal, which no kernel need handle.
+
+    The sign stays: a negative scale turns the grid −8 … 7 round.
+    """
     limits = torch.finfo(dtype)
-    bounded = torch.where(scale == 0, torch.ones_like(scale), scale).clamp(limits.tiny, limits.max)
-    return bounded.to(dtype)
+    size = torch.where(scale == 0, torch.ones_like(scale), scale.abs()).clamp(limits.tiny, limits.max)
+    return size.copysign(torch.where(scale == 0, size, scale)).to(dtype)
+
+
+def signed_scale(weight: Tensor) -> Tensor:
+    """Per row of weight [rows, columns] the scale −extremum/8, which puts the largest weight on code −8 → [rows, 1].
+
+    The symmetric grid reaches −8 on one side and 7 on the other; the sign of the scale chooses which side the
+    extremum is on, so that the step is 1/8 of it instead of 2/15. Known as full-range symmetric quantization (Cheng
+    et al., "Optimize Weight Rounding via Signed Gradient Descent", arXiv 2309.05516, use it).
+    """
+    place = weight.abs().argmax(dim=1, keepdim=True)
+    return weight.gather(1, place).float() / -8
 
 
 def clipped_scale(
@@ -39,6 +53,8 @@ def clipped_scale(
     upper: Tensor,
     dtype: torch.dtype,
     *,
+    signed: bool = False,
+    whitener: Tensor | None = None,
     search: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Per row the scale p·2·absmax/15 with the least ‖(Q(w) − w)·U⁻¹‖² → [rows, 1] in the stored dtype.
@@ -46,15 +62,22 @@ def clipped_scale(
     weight  [rows, columns], the group as GPTQ sees it now (already compensated for earlier columns).
     upper   [columns, columns], the group's diagonal block of U: U⁻¹·U⁻ᵀ is the Hessian of the group given that
             the columns after it are free to compensate.
+    signed  try p times the `signed_scale` and p·absmax/7 as well.
+    whitener  another V in the place of U⁻¹: the error is then ‖(Q(w) − w)·V‖², for V·Vᵀ the Hessian of the group.
     search  what finds the best of the candidates; `best_scales`, or its fused twin.
-    Of equal errors the largest p wins. Reference: the recipe of the original Marlin repository.
+    Of equal errors the first wins: the largest p, the unsigned grid. Reference: the recipe of the original Marlin
+    repository.
     """
     weight = weight.float()
-    identity = torch.eye(weight.shape[1], dtype=torch.float32, device=weight.device)
-    whitener = torch.linalg.solve_triangular(upper.float(), identity, upper=True)
-    full = weight.abs().amax(dim=1, keepdim=True) * (2 / 15)
+    if whitener is None:
+        identity = torch.eye(weight.shape[1], dtype=torch.float32, device=weight.device)
+        whitener = torch.linalg.solve_triangular(upper.float(), identity, upper=True)
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    full = largest * (2 / 15)
+    bases = [full, signed_scale(weight), largest / 7] if signed else [full]
     ratios = torch.tensor(CLIP_RATIOS, dtype=torch.float32, device=weight.device)
-    return (search or best_scales)(weight, whitener, stored_scale(full * ratios, dtype))
+    candidates = stored_scale(torch.cat([base * ratios for base in bases], dim=1), dtype)
+    return (search or best_scales)(weight, whitener, candidates)
 
 
 def best_scales(weight: Tensor, whitener: Tensor, scales: Tensor) -> Tensor:

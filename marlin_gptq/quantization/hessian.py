@@ -21,19 +21,22 @@ class Hessian:
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
+    def add(self, inputs: Tensor, token_cap: float = 0.0) -> None:
         """Accumulate inputs [..., in_features] of any float dtype; every vector is one token.
 
         On a GPU 16-bit inputs are multiplied as they are and summed in float32: their products are exact in float32,
         so that this loses nothing against casting first, and tensor cores do it.
+
+        token_cap  above 0, a token's weight in the sum is limited as `token_weights` says, in float32.
         """
         vectors = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += vectors.shape[0]
-        if vectors.is_cuda and vectors.dtype in (torch.float16, torch.bfloat16):
+        if token_cap <= 0 and vectors.is_cuda and vectors.dtype in (torch.float16, torch.bfloat16):
             torch.addmm(self.sum, vectors.t(), vectors, torch.float32, alpha=2.0, out=self.sum)
-        else:
-            vectors = vectors.float()
-            self.sum.addmm_(vectors.t(), vectors, alpha=2.0)
+            return
+        vectors = vectors.float()
+        weighted = vectors if token_cap <= 0 else vectors * token_weights(vectors, token_cap)[:, None]
+        self.sum.addmm_(weighted.t(), vectors, alpha=2.0)
 
     def fill_up(self, prior: Hessian, tokens: int) -> None:
         """Make up for the tokens missing to `tokens` with as many average ones of `prior`.
@@ -52,6 +55,35 @@ class Hessian:
         if self.tokens == 0:
             raise ValueError("no calibration token reached this layer")
         return self.sum / self.tokens
+
+
+class Cross:
+    """Sum of 2·(x − x̃)·x̃ᵀ over tokens, float32 [in_features, in_features]: C of `target.corrected_target`."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, full: Tensor, arriving: Tensor, token_cap: float = 0.0) -> None:
+        """full x and arriving x̃, [..., in_features] each, the same tokens; weighted as in `Hessian.add`."""
+        x, y = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (full, arriving))
+        weighted = y if token_cap <= 0 else y * token_weights(y, token_cap)[:, None]
+        self.sum.addmm_((x - y).t(), weighted, alpha=2.0)
+        self.tokens += len(x)
+
+    def mean(self) -> Tensor:
+        """C, normalised by tokens."""
+        return self.sum / max(1, self.tokens)
+
+
+def token_weights(vectors: Tensor, cap: float) -> Tensor:
+    """min(1, cap·median(‖x‖²)/‖x‖²) for each x of vectors [tokens, in_features] → float32 [tokens].
+
+    The first token of a sequence has enormous activations in Llama models (Sun et al., "Massive Activations in Large
+    Language Models", arXiv 2402.17762); without a cap it rules H and the damping.
+    """
+    energy = vectors.float().square().sum(dim=-1)
+    return (cap * energy.median() / energy.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""Options of marlin-quantize that change single steps of a preset's recipe; each is one field of QuantizationConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_OPTIONS = (
+    click.option("--clip/--no-clip", default=None, help="Search for clipped scales."),
+    click.option(
+        "--true-sequential/--no-true-sequential", default=None, help="Calibrate on the quantized linears before.",
+    ),
+    click.option(
+        "--signed-scales/--no-signed-scales", default=None,
+        help="Search negative scales too: the full range of codes.",
+    ),
+    click.option(
+        "--clip-hessian", type=click.Choice(["conditional", "plain"]),
+        help="Judge clipping as if later columns made up for errors, or not.",
+    ),
+    click.option(
+        "--act-order", type=click.Choice(["none", "groups", "columns"]),
+        help="Quantize columns of large inputs first: inside and across whole groups, or freely. Groups stay in place.",
+    ),
+    click.option(
+        "--token-cap", type=float, metavar="X", help="Limit a token's weight to X times the median; 0: no limit.",
+    ),
+    click.option("--correct-target", type=float, metavar="SHARE", help="Correct weights for quantized inputs, 0 to 1."),
+    click.option("--refine-sweeps", type=int, metavar="N", help="Sweeps over scales and codes after the pass."),
+    click.option("--pack/--no-pack", default=None, help="Calibrate on equal windows of the documents laid end to end."),
+    click.option("--tune-steps", type=int, metavar="N", help="Steps of end-to-end tuning; 0: none."),
+    click.option(
+        "--tune-codes/--no-tune-codes", default=None, help="Tune codes too, not only scales and norm weights.",
+    ),
+    click.option("--tune-batch", type=int, metavar="N", help="Windows of text in a step of the tuning."),
+    click.option("--tune-rate", type=float, metavar="RATE", help="Learning rate of codes, in units of a code."),
+    click.option(
+        "--tune-scale-rate", type=float, metavar="RATE", help="Learning rate of scales and norm weights, relative.",
+    ),
+    click.option(
+        "--tune-written", type=int, metavar="N", help="Windows of text that the model writes itself to tune on.",
+    ),
+)  # fmt: skip
+
+
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add them all; one that is not given leaves the preset's value."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def changes(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of QuantizationConfig that were given."""
+    return {name: value for name, value in given.items() if value is not None}

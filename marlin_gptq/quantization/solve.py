@@ -1,0 +1,159 @@
+"""One layer, from its Hessian to codes and scales: the techniques of this folder in the order a config asks for.
+
+prepare  what all rows share: U of the damped Hessian, columns in order   (damp_percent, act_order)
+solve    target W* for the inputs that really arrive                      (correct_target)
+         scales and codes by GPTQ                                         (clip, clip_hessian, signed_scales)
+         scales and codes again                                           (refine_sweeps)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.costs import Costs
+from marlin_gptq.quantization.gptq import gptq_quantize
+from marlin_gptq.quantization.grid import clipped_scale
+from marlin_gptq.quantization.hessian import damp, factor
+from marlin_gptq.quantization.order import column_order, group_order, inverse_order
+from marlin_gptq.quantization.refine import refine
+from marlin_gptq.quantization.target import corrected_target
+from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, join_rows
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the rows of one weight share under their Hessian.
+
+    group_size    its groups; damp_percent is what the factorisation took.
+    order, upper  the columns in the order GPTQ takes them (None: as they are), and U of H in that order.
+    damped        H + λI with columns as they are; None where no technique needs it.
+    judged        H + λI in `order`, for clip_hessian "plain"; else None.
+    inside        for act-order "columns", U with columns as they are, under which scales are searched; else None.
+    """
+
+    group_size: int
+    damp_percent: float
+    order: Tensor | None
+    upper: Tensor
+    damped: Tensor | None
+    judged: Tensor | None
+    inside: Tensor | None
+
+
+def prepare(hessian: Tensor, config: QuantizationConfig, group_size: int, costs: Costs | None = None) -> Prepared:
+    """Order and factor H [in_features, in_features], for weights in groups of `group_size`.
+
+    Raises NotPositiveDefinite and ValueError as `hessian.factor` does.
+    """
+    with (costs or Costs(hessian.device)).measure("factor"):
+        inside, order, damp_percent = None, None, config.damp_percent
+        if config.act_order == "columns":
+            found = factor(hessian, damp_percent)
+            inside, damp_percent = found.upper, found.damp_percent
+            order = column_order(hessian.diagonal())
+        elif config.act_order == "groups":
+            order = group_order(hessian.diagonal(), columns_per_group(len(hessian), group_size))
+        found = factor(hessian if order is None else hessian[order][:, order], damp_percent)
+        plain = config.clip_hessian == "plain"
+        wanted = plain or inside is not None or bool(config.refine_sweeps or config.correct_target)
+        damped = damp(hessian, found.damp_percent) if wanted else None
+        judged = None
+        if plain and damped is not None:
+            judged = damped if order is None else damped[order][:, order]
+        return Prepared(group_size, found.damp_percent, order, found.upper, damped, judged, inside)
+
+
+def solve(
+    weight: Tensor,
+    prepared: Prepared,
+    config: QuantizationConfig,
+    scale_dtype: torch.dtype,
+    *,
+    cross: Tensor | None = None,
+    rows: int | None = None,
+    costs: Costs | None = None,
+) -> QuantizedWeight:
+    """Quantize weight [out_features, in_features] as `config` says, under what `prepare` made of its Hessian.
+
+    cross  C of `corrected_target`; needed if config.correct_target is above 0.
+    rows   so many are solved at once; None is all. Rows are independent, so this changes the memory it takes alone.
+    """
+    costs = costs or Costs(weight.device)
+    pieces = weight.split(rows or len(weight))
+    return join_rows([_solve(piece, prepared, config, scale_dtype, cross, costs) for piece in pieces])
+
+
+def _solve(
+    weight: Tensor,
+    prepared: Prepared,
+    config: QuantizationConfig,
+    scale_dtype: torch.dtype,
+    cross: Tensor | None,
+    costs: Costs,
+) -> QuantizedWeight:
+    weight, damped = weight.float(), prepared.damped
+    if cross is not None and damped is not None:
+        with costs.measure("correct target"):
+            weight = corrected_target(weight, cross, damped, config.correct_target)
+    scales = None
+    if prepared.inside is not None and damped is not None:
+        # All scales first, from the weights as they are; then single columns by falling diagonal.
+        with costs.measure("scales"):
+            scales = static_scales(weight, prepared.inside, damped, prepared.group_size, config, scale_dtype)
+    with costs.measure("gptq"):
+        quantized = _gptq(weight, prepared, config, scale_dtype, scales)
+    if config.refine_sweeps and damped is not None:
+        with costs.measure("refine"):
+            quantized = refine(weight, quantized, damped, sweeps=config.refine_sweeps)
+    return quantized
+
+
+def _gptq(
+    weight: Tensor, prepared: Prepared, config: QuantizationConfig, scale_dtype: torch.dtype, scales: Tensor | None
+) -> QuantizedWeight:
+    """GPTQ with the columns in order; codes and scales back in their places."""
+    order, group_size = prepared.order, prepared.group_size
+    columns = columns_per_group(weight.shape[1], group_size)
+    quantized = gptq_quantize(
+        weight if order is None else weight[:, order],
+        prepared.upper,
+        group_size=group_size,
+        scale_dtype=scale_dtype,
+        block_size=config.block_size,
+        clip=config.clip,
+        signed=config.signed_scales,
+        hessian=prepared.judged,
+        scales_of_columns=None if scales is None else scales.repeat_interleave(columns, dim=1)[:, order],
+    )
+    if order is None:
+        return quantized
+    codes = quantized.codes[:, inverse_order(order)]
+    if scales is None:
+        scales = quantized.scales[:, inverse_order(order[::columns] // columns)]
+    return QuantizedWeight(codes, scales, None, group_size)
+
+
+def static_scales(
+    weight: Tensor, upper: Tensor, damped: Tensor, group_size: int, config: QuantizationConfig, dtype: torch.dtype
+) -> Tensor:
+    """The scales of all groups of an uncompensated weight → [out_features, groups].
+
+    Each group is judged under its own block of H ("plain"), or under H given that all other columns are free to make
+    up for its error ("conditional"): the inverse of its block of H⁻¹ = Uᵀ·U.
+    """
+    found = []
+    columns = columns_per_group(weight.shape[1], group_size)
+    for start in range(0, weight.shape[1], columns):
+        inside = slice(start, start + columns)
+        block = damped[inside, inside]
+        if config.clip_hessian == "conditional":
+            above = upper[: inside.stop, inside]
+            block = torch.linalg.inv(above.t() @ above)
+            block = (block + block.t()) / 2
+        whitener = torch.linalg.cholesky(block)
+        found.append(clipped_scale(weight[:, inside], block, dtype, signed=config.signed_scales, whitener=whitener))
+    return torch.cat(found, dim=1)

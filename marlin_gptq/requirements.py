@@ -1,0 +1,166 @@
+"""What is known about a quantization before any work: whether it can be done as asked, how large its result will be."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from marlin_gptq.checkpoint import TensorStore, require_space
+from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.errors import InputError
+from marlin_gptq.modeling.architecture import (
+    block_linears,
+    linear_names,
+    read_config,
+    require_divisible,
+    require_full_precision,
+)
+from marlin_gptq.modeling.blocks import BlockStream, stored_dtype
+from marlin_gptq.modeling.experts import expert_lists
+from marlin_gptq.modeling.linear import padded_features
+from marlin_gptq.modeling.outline import outline
+from marlin_gptq.overrides import require_matches
+from marlin_gptq.quantization.weight import columns_per_group
+from marlin_gptq.tuning.memory import Sizes, plan
+from marlin_gptq.tuning.text import WINDOW
+
+
+def require_quantizable(
+    model_dir: Path,
+    output: Path,
+    config: QuantizationConfig,
+    dtype: torch.dtype | None = None,
+    *,
+    device: torch.device | None = None,
+    kept: bool = False,
+    processes: int = 1,
+    limited: bool = False,
+) -> None:
+    """Refuse, before any work and from config and file headers alone, what would fail.
+
+    device  of the tuning, if it is known already; kept, processes, limited: see `require_combination`.
+    InputError for a model that cannot be quantized as asked, CheckpointError if the result would not fit on the disk
+    of `output`, QuantizationError if the tuning would not fit the device.
+    """
+    require_full_precision(model_dir, read_config(model_dir))
+    stream = BlockStream(model_dir, device=torch.device("cpu"))
+    linears = linears_of(stream, config)
+    require_combination(config, kept=kept, processes=processes, limited=limited, experts=has_experts(stream))
+    size = output_bytes(stream, linears, config, result_dtype(model_dir, dtype))
+    require_space(output, 2 * size if config.tunes else size)  # the tuning writes its own beside that of the blocks
+    if device is not None and config.tunes:
+        require_memory(model_dir, config, device)
+
+
+def require_combination(
+    config: QuantizationConfig, *, kept: bool, processes: int, limited: bool, experts: bool
+) -> None:
+    """InputError for techniques that do not work together with the way the run is done, or with the model.
+
+    kept       a work directory keeps the finished blocks.
+    processes  that work on it together.
+    limited    a most of GPU memory is given.
+    experts    the model has several experts.
+    """
+    if experts and config.method == "gptq" and config.correct_target:
+        raise InputError(
+            f"correct_target: got {config.correct_target:g} for a model with experts, whose tokens go to other experts "
+            "in full precision than in the quantized model, so that their inputs cannot be compared; use 0"
+        )
+    if not config.tunes:
+        return
+    asked = f"tune_steps: got {config.tune_steps}"
+    if kept:
+        raise InputError(
+            f"{asked} together with a work directory, which keeps blocks but no steps of the end-to-end tuning; use "
+            "--tune-steps 0 (or --preset marlin), or leave --work-dir out"
+        )
+    if processes > 1:
+        raise InputError(
+            f"{asked} in {processes} processes, but the end-to-end tuning runs in one; use --tune-steps 0 (or --preset "
+            "marlin), or start a single process"
+        )
+    if limited:
+        raise InputError(
+            f"{asked} together with --max-gpu-memory, which the end-to-end tuning cannot keep: the whole model is on "
+            "the GPU in it; use --tune-steps 0 (or --preset marlin), or leave --max-gpu-memory out"
+        )
+    if experts:
+        raise InputError(
+            f"{asked} for a model with experts, which the end-to-end tuning does not know; use --tune-steps 0 (or "
+            "--preset marlin)"
+        )
+
+
+def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.device) -> None:
+    """QuantizationError, before any work, if the tuning that `config` asks for does not fit the GPU."""
+    if device.type != "cuda":
+        return
+    plan(
+        tuned_sizes(model_dir, config),
+        batch=config.tune_batch,
+        length=WINDOW,
+        tune_codes=config.tune_codes,
+        free=torch.cuda.mem_get_info(device)[0],
+    )
+
+
+def tuned_sizes(model_dir: Path, config: QuantizationConfig) -> Sizes:
+    """A model as the tuning will see it, from its config.json alone."""
+    made, settings = outline(model_dir, config), read_config(model_dir)
+    linears = [linear for block in made.blocks for linear in block.linears]
+    quantized = [linear for block in made.blocks for linear in block.quantized]
+    kept = [linear.in_features * linear.out_features for linear in linears if linear.group_size is None]
+    others = [prod(shape) for _, shape in (*made.outer, *(other for block in made.blocks for other in block.others))]
+    return Sizes(
+        weights=sum(linear.in_features * linear.out_features for linear in quantized),
+        others=sum(kept) + sum(others) + sum(linear.bias * linear.out_features for linear in linears),
+        group_size=min(columns_per_group(linear.in_features, linear.group_size or -1) for linear in quantized),
+        blocks=len(made.blocks),
+        hidden_size=made.hidden,
+        intermediate_size=getattr(settings, "intermediate_size", None) or 4 * made.hidden,
+    )
+
+
+def result_dtype(model_dir: Path, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype of the result: as asked, else that of the checkpoint; float32 becomes float16."""
+    stored = stored_dtype(TensorStore(model_dir), quantized=False)
+    return asked or (stored if stored in (torch.float16, torch.bfloat16) else torch.float16)
+
+
+def linears_of(stream: BlockStream, config: QuantizationConfig) -> list[dict[str, nn.Linear]]:
+    """The linears to quantize, block by block; InputError if a group does not fit or there is nothing to do."""
+    linears = []
+    for index in range(stream.n_blocks):
+        linears.append(block_linears(stream.block_module(index), stream.block_name(index), config))
+        require_divisible(linears[-1], config)
+    blocks = [(stream.block_module(index), stream.block_name(index)) for index in range(stream.n_blocks)]
+    require_matches(config, [name for block in blocks for name in linear_names(*block)])
+    if not any(linears):
+        patterns = [*config.skip, *(rule.match for rule in config.overrides if rule.bits == 16)]
+        raise InputError(f"skip: {', '.join(patterns)} leaves no linear to quantize")
+    return linears
+
+
+def has_experts(stream: BlockStream) -> bool:
+    """Whether some block sends each token to a few of several experts."""
+    return any(expert_lists(stream.block_module(index)) for index in range(stream.n_blocks))
+
+
+def output_bytes(
+    stream: BlockStream, linears: list[dict[str, nn.Linear]], config: QuantizationConfig, target: torch.dtype
+) -> int:
+    """Bytes of all tensors of the result, exactly; safetensors headers and small files come on top."""
+    replaced = {name: linear for block in linears for name, linear in block.items()}
+    size = 0
+    for name, linear in replaced.items():
+        k, n = padded_features(linear.in_features, linear.out_features)
+        groups = linear.in_features // columns_per_group(linear.in_features, config.group_size_of(name))
+        size += k * n // 2 + groups * n * target.itemsize
+    for name, elements in stream.elements():
+        if name.removesuffix(".weight") not in replaced:
+            size += elements * target.itemsize
+    return size

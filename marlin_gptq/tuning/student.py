@@ -1,0 +1,170 @@
+"""The quantized model as a whole, with weights that gradients can move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from marlin_gptq.checkpoint import TensorStore
+from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.errors import CheckpointError
+from marlin_gptq.formats import marlin
+from marlin_gptq.modeling.architecture import read_config, replace_linears, set_module
+from marlin_gptq.modeling.linear import pack
+from marlin_gptq.quantization.tunable import TunableWeight
+from marlin_gptq.quantization.weight import QuantizedWeight
+from marlin_gptq.tuning.memory import Sizes
+
+
+class TunableLinear(nn.Module):
+    """y = x · Wᵀ + bias with a TunableWeight."""
+
+    def __init__(self, weight: TunableWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.tunable = weight
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.tunable(), self.bias)
+
+
+class _Relative(nn.Module):
+    """A norm's weight as start · (1 + shift), so that one learning rate fits weights of any size."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.start: Tensor
+        self.register_buffer("start", start.clone())
+
+    def forward(self, shift: Tensor) -> Tensor:
+        return self.start * (1 + shift)
+
+    def right_inverse(self, _: Tensor) -> Tensor:
+        return torch.zeros_like(self.start)
+
+
+class Student:
+    """A quantized directory in float32 on one device, its scales, norm weights and, if asked, codes as parameters.
+
+    model_dir  the full-precision model that `quantized_dir` was made from; read only if codes are to move.
+    length     tokens of the windows it will see.
+    recordable is whether a step can be recorded as a CUDA graph.
+
+    CheckpointError for a tensor that the directory lacks.
+    """
+
+    def __init__(
+        self, model_dir: Path, quantized_dir: Path, *, tune_codes: bool, length: int, device: torch.device
+    ) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AttentionInterface, AutoModelForCausalLM
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        config = read_config(quantized_dir)
+        settings = QuantizationConfig.from_dict(dict(config.quantization_config))
+        config.attention_dropout = 0.0
+        del config.quantization_config
+        store = TensorStore(quantized_dir)
+        originals = TensorStore(model_dir) if tune_codes else None
+        with init_empty_weights(include_buffers=False):
+            # Whole windows need no mask but the causal one; transformers would write it out in a recorded step.
+            AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+            self.recordable = (getattr(config, "sliding_window", None) or length) >= length
+            attention = "sdpa_without_mask" if self.recordable else "sdpa"
+            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        names = replace_linears(self.model, config, settings, torch.float16)
+        self.layers: dict[str, TunableWeight] = {}
+        for name in names:
+            shape = self.model.get_submodule(name)
+            stored = _read_quantized(store, name, shape.out_features, shape.in_features, settings.group_size_of(name))
+            original = None if originals is None else originals.get(f"{name}.weight")
+            weight = TunableWeight(stored, original)
+            bias = store.get(f"{name}.bias").float() if f"{name}.bias" in store else None
+            set_module(self.model, name, TunableLinear(weight, bias).to(device))
+            self.layers[name] = weight
+        for name, module in self.model.named_modules():
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta and f"{name}.{own}" in store:
+                    value = store.get(f"{name}.{own}").float().to(device)
+                    setattr(module, own, nn.Parameter(value, requires_grad=False))
+            for own, buffer in module.named_buffers(recurse=False):
+                module._buffers[own] = buffer.to(device)
+        self.model.tie_weights()
+        missing = [name for name, parameter in self.model.named_parameters() if parameter.is_meta]
+        if missing:
+            raise CheckpointError(f"{quantized_dir}: the tensor {missing[0]} is missing")
+        self.norms = [
+            name for name, module in self.model.named_modules()
+            if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
+        ]  # fmt: skip
+        for name in self.norms:
+            module = self.model.get_submodule(name)
+            parametrize.register_parametrization(module, "weight", _Relative(module.weight.data), unsafe=True)
+        self.model.eval()
+
+    def sizes(self) -> Sizes:
+        """For the plan of memory."""
+        config = self.model.config
+        weights = sum(layer.start.shape[0] * layer.in_features for layer in self.layers.values())
+        others = sum(parameter.numel() for parameter in self.model.parameters() if not parameter.requires_grad)
+        return Sizes(
+            weights=weights,
+            others=others,
+            group_size=min(layer.in_features // layer.start.shape[1] for layer in self.layers.values()),
+            blocks=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        )
+
+    def keep_activations(self, keep: bool) -> None:
+        """False: compute a block's activations again in the backward pass, which takes a third more time."""
+        if keep:
+            self.model.eval()
+            return
+        # The name since transformers 5.2x, and the one before.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+        self.model.train()
+
+    def parameters(self) -> dict[str, list[nn.Parameter]]:
+        """What can move, by kind: scales, norms, codes."""
+        layers = self.layers.values()
+        norms = [self.model.get_submodule(name).parametrizations.weight.original for name in self.norms]
+        for parameter in norms:
+            parameter.requires_grad_(True)
+        return {
+            "scales": [layer.shift for layer in layers],
+            "norms": norms,
+            "codes": [layer.position for layer in layers if layer.position is not None],
+        }
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Token ids int64 [B, T] → what the output head sees, float32 [B, T, hidden_size]."""
+        return self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [vocab_size, hidden_size] and bias of the output head."""
+        head = self.model.get_output_embeddings()
+        return head.weight, getattr(head, "bias", None)
+
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that tuning may have changed, under its name and in its form on disk."""
+        for name, layer in self.layers.items():
+            qweight, scales = pack(layer.quantized())
+            yield f"{name}.qweight", qweight
+            yield f"{name}.scales", scales
+        for name in self.norms:
+            yield f"{name}.weight", self.model.get_submodule(name).weight.detach().to(dtype)
+
+
+def _read_quantized(
+    store: TensorStore, name: str, out_features: int, in_features: int, group_size: int
+) -> QuantizedWeight:
+    codes = marlin.unpack_codes(store.get(f"{name}.qweight"))[:out_features, :in_features]
+    scales = marlin.unpack_scales(store.get(f"{name}.scales"))[:out_features]
+    return QuantizedWeight(codes, scales, None, group_size)
