@@ -60,6 +60,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pass of best, corrected target 0.25": ("marlin", _PASS | {"correct_target": 0.25}),
     "best, scales and norms only": ("best", {"tune_codes": False}),
     "best, calibration text only": ("best", {"tune_written": 0}),
+    "best, corrected target 0.25": ("best", {"correct_target": 0.25}),
+    "best, larger rates": ("best", {"tune_rate": 7e-4, "tune_scale_rate": 1e-3}),
+    "best, thrice as long": ("best", {"tune_steps": 3000, "tune_written": 6144}),
     "fast": ("fast", {}),
     "best": ("best", {}),
 }
