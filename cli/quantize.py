@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from marlin_gptq import __version__
 from marlin_gptq.checkpoint import read_json, resolve_model
@@ -47,8 +48,9 @@ def main(context: click.Context, **arguments: Any) -> None:
                 hint = "'MODEL'" if parameter.name == "model" else None
                 raise click.MissingParameter(ctx=context, param=parameter, param_hint=hint)
         output, kept = arguments["output"], arguments.pop("resume") or arguments["work_dir"]
+        chosen = context.get_parameter_source("preset") != ParameterSource.DEFAULT
         try:
-            _quantize(team, work, options_of(arguments), **arguments)
+            _quantize(team, work, options_of(arguments), chosen, **arguments)
         except KeyboardInterrupt as error:
             rest = "; what stood there before is unchanged" if output.exists() else ""
             rest += f"; go on with marlin-quantize --resume {kept}" if kept is not None else ""
@@ -62,6 +64,7 @@ def _quantize(
     team: Team,
     work: WorkDirectory | None,
     given: dict[str, Any],
+    recipe_chosen: bool,
     model: str,
     output: Path,
     wbits: int,
@@ -96,6 +99,7 @@ def _quantize(
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
     settings = team.from_leader(work.arguments["settings"] if work is not None else None)
+    recipe_chosen |= settings is not None or any(name.startswith("tune_") for name in techniques.changes(chosen))
     if settings is None:
         changes = techniques.changes(chosen) | ({} if damp is None else {"damp_percent": damp})
         config = QuantizationConfig.from_preset(
@@ -116,12 +120,18 @@ def _quantize(
     shard_bytes = options.parse_size(shard_size)
     limit = options.parse_size(max_gpu_memory, "--max-gpu-memory") if max_gpu_memory else None
     place = None if spill == "auto" else spill
+    way: dict[str, Any] = {
+        "kept": work is not None or work_dir is not None,
+        "processes": team.size,
+        "limited": limit is not None,
+    }
     if dry_run:
         from marlin_gptq.cli import dry_run as dry
 
+        model_dir = resolve_model(model, revision=revision, offline=offline, config_only=True)
         found = dry.estimate(
-            resolve_model(model, revision=revision, offline=offline, config_only=True),
-            config,
+            model_dir,
+            config if recipe_chosen else _within_reach(display, model_dir, config, options.torch_device(device), way),
             dtype=dtype,
             device=options.torch_device(device),
             n_samples=n_samples if method == "gptq" else 0,
@@ -129,7 +139,7 @@ def _quantize(
             shard_size=shard_bytes,
             spill=place,
             limit=limit,
-            kept=work is not None or work_dir is not None,
+            kept=way["kept"],
             processes=team.size,
         )
         click.echo(json.dumps({"model": model} | found) if as_json else dry.shown(found))
@@ -149,10 +159,9 @@ def _quantize(
     model_dir = resolve_model(model, revision=revision, offline=offline)
     if output.exists() and output.samefile(model_dir):
         raise InputError(f"{output}: is the model itself; give another --output")
-    require_quantizable(
-        model_dir, output, config, target,
-        device=where, kept=work is not None or work_dir is not None, processes=team.size, limited=limit is not None,
-    )  # fmt: skip
+    if not recipe_chosen:
+        config = _within_reach(display, model_dir, config, where, way)
+    require_quantizable(model_dir, output, config, target, device=where, **way)
     for warning in require_exportable(model_dir, config, to, result_dtype(model_dir, target)):
         display.say(f"warning: {warning}")
 
@@ -273,6 +282,17 @@ def _read_samples(
     sizes = [len(sample) for sample in samples]
     display.say(f"{len(sizes)} samples of {min(sizes)} to {max(sizes)} tokens, {sum(sizes)} in all")
     return samples
+
+
+def _within_reach(
+    display: Display, model_dir: Path, config: QuantizationConfig, device: Any, way: dict[str, Any]
+) -> QuantizationConfig:
+    from marlin_gptq.requirements import within_reach
+
+    found, left_out = within_reach(model_dir, config, device, **way)
+    if left_out:
+        display.say(f"note: {left_out} (naming a --preset decides it)")
+    return found
 
 
 def _existing(path: Path) -> Path:

@@ -53,11 +53,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "signed_scales": True,
         "act_order": "groups",
         "refine_sweeps": 2,
-        "tune_steps": 1000,
+        "tune_steps": 3000,
         "tune_codes": True,
         "tune_batch": 16,
         "tune_rate": 5e-4,
-        "tune_written": 2048,
+        "tune_written": 6144,
     },
     "fast": {
         "damp_percent": 0.01,
@@ -73,7 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "marlin": {},
 }
 # What `marlin-quantize` takes unless told otherwise; README, help and documents are tested against it.
-DEFAULT_PRESET = "marlin"
+DEFAULT_PRESET = "best"
 _SWITCHES = ("clip", "true_sequential", "signed_scales", "pack", "tune_codes")
 _CHOICES = {"clip_hessian": ("conditional", "plain"), "act_order": ("none", "groups", "columns")}
 _KINDS: dict[Any, str] = {int: "a whole number", (int, float): "a number"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from marlin_gptq.checkpoint import TensorStore, require_space
 from marlin_gptq.config import QuantizationConfig
-from marlin_gptq.errors import InputError
+from marlin_gptq.errors import InputError, QuantizationError
 from marlin_gptq.modeling.architecture import (
     block_linears,
     linear_names,
@@ -93,6 +94,46 @@ def require_combination(
             f"{asked} for a model with experts, which the end-to-end tuning does not know; use --tune-steps 0 (or "
             "--preset marlin)"
         )
+
+
+def within_reach(
+    model_dir: Path,
+    config: QuantizationConfig,
+    device: torch.device,
+    *,
+    kept: bool = False,
+    processes: int = 1,
+    limited: bool = False,
+) -> tuple[QuantizationConfig, str]:
+    """`config` less what this run cannot have of its tuning, and a sentence about what that is ("" for nothing).
+
+    For recipes that nobody chose; one that somebody did is refused instead (`require_quantizable`). Reads config.json
+    alone. kept, processes, limited: see `require_combination`.
+    """
+    if not config.tunes:
+        return config, ""
+    without = replace(config, tune_steps=0)
+    experts = any(linear.expert for block in outline(model_dir, config).blocks for linear in block.linears)
+    for reason in (
+        "without a GPU it takes days" if device.type != "cuda" else "",
+        "it does not go with a work directory" if kept else "",
+        "it runs in one process" if processes > 1 else "",
+        "it does not go with --max-gpu-memory" if limited else "",
+        "it does not know experts" if experts else "",
+    ):
+        if reason:
+            return without, f"preset {config.preset} runs without its end-to-end tuning: {reason}"
+    try:
+        require_memory(model_dir, config, device)
+    except QuantizationError as error:
+        needed = str(error).split(";")[0]
+        fixed = replace(config, tune_codes=False)
+        try:
+            require_memory(model_dir, fixed, device)
+        except QuantizationError:
+            return without, f"preset {config.preset} runs without its end-to-end tuning: {needed}"
+        return fixed, f"preset {config.preset} tunes scales and norm weights only: with codes {needed}"
+    return config, ""
 
 
 def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.device) -> None:

@@ -260,7 +260,7 @@ def test_dry_run_says_what_the_tuning_adds(tmp_path: Path) -> None:
     model = config_only(tmp_path / "model", **SEVEN_B)
     text = dry(model, "--preset", "best")
     assert "(memory, time and plan are those of the pass over the blocks, without the tuning)" in text
-    assert "tuning       1000 steps of 16 windows, on a GPU with 11" in text
+    assert "tuning       3000 steps of 16 windows, on a GPU with 11" in text
     found, plain = (json.loads(dry(model, "--preset", "best", "--json", *more)) for more in ((), ("--tune-steps", 0)))
     assert plain["tuning"] is None and found["peak_gpu_bytes"] == plain["peak_gpu_bytes"]
     assert 105e9 < found["tuning"]["least_gpu_bytes"] < 120e9 < found["tuning"]["most_gpu_bytes"]

@@ -1,4 +1,4 @@
-"""requirements.py: what does not go together is one sentence, before any work."""
+"""requirements.within_reach: what is left out of a recipe that nobody chose, and what is said about it."""
 
 from __future__ import annotations
 
@@ -6,85 +6,91 @@ from pathlib import Path
 
 import pytest
 import torch
-from character_model import save_character_model
 from click.testing import CliRunner
-from helpers import EXPERT_MODELS, random_samples, save_tiny_model
+from helpers import EXPERT_MODELS, save_tiny_model
 
-from marlin_gptq import CheckpointError, InputError, QuantizationConfig, checkpoint, quantize_model
-from marlin_gptq.cli.quantize import main
-from marlin_gptq.distributed import Team
-from marlin_gptq.requirements import require_combination, require_quantizable
-from marlin_gptq.work_directory import WorkDirectory
+from marlin_gptq import QuantizationConfig, requirements
+from marlin_gptq.cli import quantize
+from marlin_gptq.requirements import tuned_sizes, within_reach
+from marlin_gptq.tuning.memory import needed_bytes
+from marlin_gptq.tuning.text import WINDOW
 
-CPU = torch.device("cpu")
-TUNED = QuantizationConfig.from_preset("best", tune_steps=7)
-ALONE = {"kept": False, "processes": 1, "limited": False, "experts": False}
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+BEST = QuantizationConfig.from_preset("best")
+PASS = QuantizationConfig.from_preset("best", tune_steps=0)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_tiny_model(tmp_path / "model")
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+
+
+def test_all_of_it_where_it_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_free(monkeypatch, 1 << 40)
+    assert within_reach(model, BEST, GPU) == (BEST, "")
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("way", "reason"),
     [
-        (
-            {"kept": True},
-            r"^tune_steps: got 7 together with a work directory, .*; use --tune-steps 0 .* --work-dir out$",
-        ),
-        ({"processes": 2}, r"^tune_steps: got 7 in 2 processes, but .* runs in one; use --tune-steps 0 "),
-        ({"limited": True}, r"^tune_steps: got 7 together with --max-gpu-memory, .*; use --tune-steps 0 "),
-        ({"experts": True}, r"^tune_steps: got 7 for a model with experts, .*; use --tune-steps 0 "),
+        ({"kept": True}, "it does not go with a work directory"),
+        ({"processes": 2}, "it runs in one process"),
+        ({"limited": True}, "it does not go with --max-gpu-memory"),
     ],
 )
-def test_what_the_tuning_does_not_go_with(changes: dict, sentence: str) -> None:
-    with pytest.raises(InputError, match=sentence):
-        require_combination(TUNED, **(ALONE | changes))
-    require_combination(TUNED, **ALONE)  # type: ignore[arg-type]
-    for untuned in (QuantizationConfig(), QuantizationConfig(method="rtn", tune_steps=7)):
-        require_combination(untuned, **(ALONE | changes))
+def test_no_tuning_in_runs_that_cannot_have_it(model: Path, way: dict, reason: str) -> None:
+    assert within_reach(model, BEST, GPU, **way) == (
+        PASS,
+        f"preset best runs without its end-to-end tuning: {reason}",
+    )
 
 
-def test_corrected_targets_do_not_go_with_experts(tmp_path: Path) -> None:
-    source = save_tiny_model(tmp_path / "source", "mixtral", **EXPERT_MODELS["mixtral"])
-    config = QuantizationConfig(correct_target=0.25)
-    for attempt in (
-        lambda: require_quantizable(source, tmp_path / "out", config),
-        lambda: quantize_model(source, tmp_path / "out", config, random_samples(4), device=CPU),
-    ):
-        with pytest.raises(InputError, match=r"^correct_target: got 0\.25 for a model with experts, .*; use 0$"):
-            attempt()
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+def test_no_tuning_without_a_gpu_or_with_experts(model: Path, tmp_path: Path) -> None:
+    found, reason = within_reach(model, BEST, CPU)
+    assert found == PASS and reason.endswith("without a GPU it takes days")
+    experts = save_tiny_model(tmp_path / "experts", "mixtral", **EXPERT_MODELS["mixtral"])
+    found, reason = within_reach(experts, BEST, GPU)
+    assert found == PASS and reason.endswith("it does not know experts")
 
 
-def test_the_library_refuses_them_too(tmp_path: Path) -> None:
-    source = save_tiny_model(tmp_path / "source")
-    samples = random_samples(8)
-    with pytest.raises(InputError, match="in 2 processes"):
-        quantize_model(source, tmp_path / "out", TUNED, samples, device=CPU, team=Team(0, 2))
-    with WorkDirectory.new(tmp_path / "work", {}) as work, pytest.raises(InputError, match="a work directory"):
-        quantize_model(source, tmp_path / "out", TUNED, samples, device=CPU, work=work)
-    with pytest.raises(InputError, match="--max-gpu-memory"):
-        quantize_model(source, tmp_path / "out", TUNED, samples, device=CPU, max_gpu_memory=10**9)
-    experts = save_tiny_model(tmp_path / "experts", "qwen3_moe", **EXPERT_MODELS["qwen3_moe"])
-    with pytest.raises(InputError, match="experts"):
-        quantize_model(experts, tmp_path / "out", TUNED, samples, device=CPU)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["experts", "source"]
+def test_what_fits_the_memory_stays(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    least = {
+        codes: needed_bytes(tuned_sizes(model, BEST), batch=BEST.tune_batch, length=WINDOW, tune_codes=codes)[0]
+        for codes in (True, False)
+    }
+    assert least[False] < least[True]
+    with_free(monkeypatch, int((least[False] + least[True]) / 2 / 0.9))
+    found, reason = within_reach(model, BEST, GPU)
+    assert found.tune_steps == BEST.tune_steps and not found.tune_codes
+    assert reason.startswith("preset best tunes scales and norm weights only: with codes tuning end to end needs about")
+    with_free(monkeypatch, least[False] // 2)
+    found, reason = within_reach(model, BEST, GPU)
+    assert found == PASS and "GB are free" in reason
 
 
-def test_the_tuning_needs_the_disk_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_tiny_model(tmp_path / "source")
-    size = quantize_model(source, tmp_path / "first", QuantizationConfig(method="rtn"), [], device=CPU).bytes_after
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2 * size - 1}))
-    require_quantizable(source, tmp_path / "out", QuantizationConfig())
-    with pytest.raises(CheckpointError, match="the disk is full"):
-        require_quantizable(source, tmp_path / "out", TUNED)
+def test_recipes_without_tuning_stay_as_they_are(model: Path) -> None:
+    for config in (QuantizationConfig(), PASS, QuantizationConfig.from_preset("best", method="rtn")):
+        assert within_reach(model, config, CPU, kept=True) == (config, "")
 
 
-def test_the_command_refuses_them_before_it_reads_text(tmp_path: Path) -> None:
-    model = save_character_model(tmp_path / "model")
-    arguments = [str(model), "-o", str(tmp_path / "out"), "--dataset", "nonsense", "--preset", "fast"]
-    for more, sentence in (
-        (["--work-dir", str(tmp_path / "work")], "together with a work directory"),
-        (["--max-gpu-memory", "1GB"], "together with --max-gpu-memory"),
-    ):
-        result = CliRunner().invoke(main, [*arguments, *more])
-        assert result.exit_code == 2 and result.stderr.startswith("error: tune_steps: got 250 "), result.output
-        assert sentence in result.stderr and len(result.stderr.splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+def test_the_command_decides_only_what_nobody_chose(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe that was named is refused instead (test_cli_quantize.py)."""
+    asked: list[QuantizationConfig] = []
+
+    def refuse(_model: Path, _output: Path, config: QuantizationConfig, *_: object, **__: object) -> None:
+        asked.append(config)
+        raise requirements.InputError("far enough")
+
+    monkeypatch.setattr(requirements, "require_quantizable", refuse)
+    command = [str(model), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    for extra in ([], ["--preset", "best"], ["--tune-rate", "1e-3"]):
+        result = CliRunner().invoke(quantize.main, command + extra)
+        assert result.exit_code == 2 and "far enough" in result.stderr
+        assert ("note: preset best runs without its end-to-end tuning" in result.stderr) is (extra == [])
+    assert asked == [PASS, BEST, QuantizationConfig.from_preset("best", tune_rate=1e-3)]
