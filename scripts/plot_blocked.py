@@ -17,9 +17,10 @@ from collections import defaultdict
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-OTHERS = {16: 1.98, 32: 1.82, 64: 1.48, 128: 1.15, 256: 0.95, 512: 0.95, 1024: 1.01, 2048: 0.96, 4096: 0.95}
+OTHERS = {1: 2.07, 8: 2.14, 16: 1.98, 32: 1.82, 64: 1.48, 128: 1.15}
+OTHERS |= {256: 0.95, 512: 0.95, 1024: 1.01, 2048: 0.96, 4096: 0.95}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 380, 60, 180, 20, 50
-LARGEST = 3.25  # of the y axis
+LARGEST = 3.75  # of the y axis
 
 
 def main() -> None:
