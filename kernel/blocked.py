@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from marlin_gptq.kernel.checks import GROUP_SIZES, TILE_K, TILE_N
+from marlin_gptq.kernel.checks import GROUP_SIZES, TILE_K, TILE_N, dtype_name
 from marlin_gptq.kernel.reference import scale_column, unpack_scales
 
 BLOCK = 128  # channels, and k, of a block
@@ -145,7 +145,7 @@ def check_blocks(blocks: Tensor, n: int, k: int, group_size: int, asymmetric: bo
         raise ValueError(f"k: got {k}, expected a positive multiple of {TILE_K}")
     groups = _groups(k, group_size)
     if blocks.dtype != torch.int32:
-        raise TypeError(f"blocks: got {_name(blocks.dtype)}, expected int32")
+        raise TypeError(f"blocks: got {dtype_name(blocks.dtype)}, expected int32")
     expected = [-(-n // BLOCK), -(-k // BLOCK), block_words(k, group_size, asymmetric)]
     if list(blocks.shape) != expected:
         kind = "with zero points" if asymmetric else "without zero points"
@@ -157,7 +157,7 @@ def check_blocks(blocks: Tensor, n: int, k: int, group_size: int, asymmetric: bo
 
 def _shape(qweight: Tensor) -> tuple[int, int]:
     if qweight.dtype != torch.int32:
-        raise TypeError(f"qweight: got {_name(qweight.dtype)}, expected int32")
+        raise TypeError(f"qweight: got {dtype_name(qweight.dtype)}, expected int32")
     if qweight.dim() != 2 or not qweight.numel() or qweight.shape[1] % (2 * TILE_N):
         raise ValueError(
             f"qweight: got {list(qweight.shape)}, expected [K/16, 2N] with K > 0 and N a multiple of {TILE_N}"
@@ -177,7 +177,7 @@ def _check_scales(scales: Tensor | None, groups: int, n: int, device: torch.devi
     if scales is None:
         raise ValueError(f"scales: got None, expected {[groups, n]} float16 or bfloat16")
     if scales.dtype not in _DTYPES:
-        raise TypeError(f"scales: got {list(scales.shape)} {_name(scales.dtype)}, expected float16 or bfloat16")
+        raise TypeError(f"scales: got {list(scales.shape)} {dtype_name(scales.dtype)}, expected float16 or bfloat16")
     if scales.shape != (groups, n):
         raise ValueError(f"scales: got {list(scales.shape)}, expected {[groups, n]}")
     if scales.device != device:
@@ -186,7 +186,9 @@ def _check_scales(scales: Tensor | None, groups: int, n: int, device: torch.devi
 
 def _check_zeros(qzeros: Tensor, groups: int, n: int, device: torch.device) -> None:
     if qzeros.dtype != torch.int32:
-        raise TypeError(f"qzeros: got {list(qzeros.shape)} {_name(qzeros.dtype)}, expected {[groups, n // 8]} int32")
+        raise TypeError(
+            f"qzeros: got {list(qzeros.shape)} {dtype_name(qzeros.dtype)}, expected {[groups, n // 8]} int32"
+        )
     if qzeros.shape != (groups, n // 8):
         raise ValueError(f"qzeros: got {list(qzeros.shape)}, expected {[groups, n // 8]} int32")
     if qzeros.device != device:
@@ -197,7 +199,3 @@ def _padded(tensor: Tensor, rows: int, columns: int, value: int) -> Tensor:
     """The tensor with rows and columns of `value` behind it."""
     missing = (0, columns - tensor.shape[1], 0, rows - tensor.shape[0])
     return torch.nn.functional.pad(tensor, missing, value=value) if any(missing) else tensor
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

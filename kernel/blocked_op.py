@@ -10,7 +10,7 @@ from torch import Tensor
 
 from marlin_gptq.kernel import library, op
 from marlin_gptq.kernel.blocked import check_blocks, from_blocks, stored_scales
-from marlin_gptq.kernel.checks import TILE_K
+from marlin_gptq.kernel.checks import TILE_K, check_places, dtype_name
 from marlin_gptq.kernel.decode_blocks import decode_blocks
 from marlin_gptq.kernel.reference import dequantize
 
@@ -62,7 +62,7 @@ def check_gemm_blocked(
         raise ValueError(f"a: got {list(a.shape)}, expected [M, K]")
     dtype = a.dtype
     if dtype != torch.float16 and dtype != torch.bfloat16:
-        raise TypeError(f"a: got {_name(dtype)}, expected float16 or bfloat16")
+        raise TypeError(f"a: got {dtype_name(dtype)}, expected float16 or bfloat16")
     k = a.shape[1]
     if k == 0 or k % TILE_K:
         raise ValueError(f"a: got K = {k}, expected a positive multiple of {TILE_K} (pad the layer when it is made)")
@@ -70,27 +70,16 @@ def check_gemm_blocked(
     if groups > 1 and scales is not None:
         raise ValueError(f"scales: got {list(scales.shape)}, expected None (groups have theirs in the blocks)")
     if groups == 1 and scales is None:
-        raise ValueError(f"scales: got None, expected {[n]} {_name(dtype)} (one scale per column)")
+        raise ValueError(f"scales: got None, expected {[n]} {dtype_name(dtype)} (one scale per column)")
     for name, tensor in (("scales", scales), ("bias", bias)):
         if tensor is None:
             continue
-        message = f"{name}: got {list(tensor.shape)} {_name(tensor.dtype)}, expected {[n]} {_name(dtype)}"
+        message = f"{name}: got {list(tensor.shape)} {dtype_name(tensor.dtype)}, expected {[n]} {dtype_name(dtype)}"
         if tensor.dtype != dtype:
             raise TypeError(f"{message} (the dtype of a)")
         if tensor.shape != (n,):
             raise ValueError(message)
-    device = a.device
-    for name, tensor in (("blocks", blocks), ("scales", scales), ("bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.device != device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {device} (the device of a)")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: got strides {tuple(tensor.stride())}, expected a contiguous tensor")
-    row, column = a.stride()
-    # M is looked at last: it may be a symbol under torch.compile.
-    if column != 1 or ((row < k or row % 8) and a.shape[0] > 1):
-        raise ValueError(f"a: got strides {tuple(a.stride())}, expected (S, 1) with S >= K = {k} and S a multiple of 8")
+    check_places(a, k, (("blocks", blocks), ("scales", scales), ("bias", bias)))
     return k
 
 
@@ -174,10 +163,6 @@ def why_not_blocked(device: int) -> str:
     if "sm_90a" not in status.architectures:
         return f"the kernel is compiled for {', '.join(status.architectures)}; blocks need sm_90a."
     return ""
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _torch_library.impl("gemm_blocked", _gemm_blocked_cuda, "CUDA")

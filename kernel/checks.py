@@ -18,13 +18,13 @@ def check_gemm(
         raise ValueError(f"a: got {list(a.shape)}, expected [M, K]")
     dtype = a.dtype
     if dtype != torch.float16 and dtype != torch.bfloat16:
-        raise TypeError(f"a: got {_name(dtype)}, expected float16 or bfloat16")
+        raise TypeError(f"a: got {dtype_name(dtype)}, expected float16 or bfloat16")
     k = a.shape[1]
     if k == 0 or k % TILE_K:
         raise ValueError(f"a: got K = {k}, expected a positive multiple of {TILE_K} (pad the layer when it is made)")
 
     if qweight.dtype != torch.int32:
-        raise TypeError(f"qweight: got {_name(qweight.dtype)}, expected int32")
+        raise TypeError(f"qweight: got {dtype_name(qweight.dtype)}, expected int32")
     if qweight.dim() != 2 or qweight.shape[0] != k // TILE_K:
         raise ValueError(f"qweight: got {list(qweight.shape)}, expected [K/16, 2N] with K/16 = {k // TILE_K}")
     n = qweight.shape[1] // 2
@@ -33,19 +33,25 @@ def check_gemm(
 
     groups = _groups(k, group_size)
     if scales.dtype != dtype or scales.shape != (groups, n):
-        message = f"scales: got {_describe(scales)}, expected {[groups, n]} {_name(dtype)}"
+        message = f"scales: got {_describe(scales)}, expected {[groups, n]} {dtype_name(dtype)}"
         if scales.dtype != dtype:
             raise TypeError(f"{message} (the dtype of a)")
         raise ValueError(f"{message} (group_size {group_size})")
     if bias is not None and (bias.dtype != dtype or bias.shape != (n,)):
-        message = f"bias: got {_describe(bias)}, expected {[n]} {_name(dtype)}"
+        message = f"bias: got {_describe(bias)}, expected {[n]} {dtype_name(dtype)}"
         raise TypeError(f"{message} (the dtype of a)") if bias.dtype != dtype else ValueError(message)
     if qzeros is not None and (qzeros.dtype != torch.int32 or qzeros.shape != (groups, n // 8)):
         message = f"qzeros: got {_describe(qzeros)}, expected {[groups, n // 8]} int32"
         raise TypeError(message) if qzeros.dtype != torch.int32 else ValueError(f"{message} (group_size {group_size})")
 
+    check_places(a, k, (("qweight", qweight), ("scales", scales), ("bias", bias), ("qzeros", qzeros)))
+    return n, k
+
+
+def check_places(a: Tensor, k: int, others: tuple[tuple[str, Tensor | None], ...]) -> None:
+    """ValueError for `others` on another device than a [M, k] or not contiguous, and for unknown strides of a."""
     device = a.device
-    for name, tensor in (("qweight", qweight), ("scales", scales), ("bias", bias), ("qzeros", qzeros)):
+    for name, tensor in others:
         if tensor is None:
             continue
         if tensor.device != device:
@@ -56,7 +62,6 @@ def check_gemm(
     # M is looked at last: it may be a symbol under torch.compile.
     if column != 1 or ((row < k or row % 8) and a.shape[0] > 1):
         raise ValueError(f"a: got strides {tuple(a.stride())}, expected (S, 1) with S >= K = {k} and S a multiple of 8")
-    return n, k
 
 
 def _groups(k: int, group_size: int) -> int:
@@ -67,9 +72,9 @@ def _groups(k: int, group_size: int) -> int:
     return k // group_size
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {_name(tensor.dtype)}"
+    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)}"
