@@ -43,16 +43,17 @@ class Costs:
             if peak is not None:
                 cost["peak_gpu_bytes"] = max(peak, cost["peak_gpu_bytes"] or 0)
 
-    def rest(self, name: str, since: float) -> None:
+    def rest(self, name: str, since: float) -> float:
         """Adds to `name` what has passed since `time.perf_counter()` was `since` and was not measured.
 
-        So all stages together are the time since then, if they were measured since then.
+        So all stages together are the time since then, which is returned, if all were measured since then.
         """
         self._look()
         passed = time.perf_counter() - since
         left = passed - sum(cost["seconds"] for cost in self.by_name.values())
         cost = self.by_name.setdefault(name, Cost(seconds=0.0, peak_gpu_bytes=None))
         cost["seconds"] += max(0.0, left)
+        return passed
 
     def peak_gpu_bytes(self) -> int | None:
         """Most allocated bytes since this object was made; None without a GPU."""

@@ -162,7 +162,7 @@ def quantize_model(
                 len(unknown),
                 unknown[0],
             )
-        costs.rest("other", started)
+        seconds = costs.rest("other", started)
         report = QuantizeReport(
             output=output,
             base_model=base_model or model_dir.resolve().name,
@@ -170,7 +170,7 @@ def quantize_model(
             calibration=calibration or {},
             device=str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
             dtype=str(target).removeprefix("torch."),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             bytes_before=sum(stream.store.size(name) for name in stream.store.names if name not in set(unknown)),
             bytes_after=size,
             peak_gpu_bytes=costs.peak_gpu_bytes(),
