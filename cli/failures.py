@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import sys
 import traceback
 from typing import Any
@@ -38,7 +39,10 @@ def _run(click_main: Any, args: list[str] | None = None, *rest: Any, **kwargs: A
     arguments = list(sys.argv[1:] if args is None else args)
     if not kwargs.pop("standalone_mode", True):
         return click_main(arguments, *rest, standalone_mode=False, **kwargs)
+    own = args is None  # this process is for the command alone: it was not called from another program
     try:
+        if own:  # torch and transformers are millions of objects, which no collection needs to walk through again
+            gc.freeze()
         sys.exit(click_main(arguments, *rest, standalone_mode=False, **kwargs) or 0)
     except Exception as error:  # the outermost frame: the rest is a bug of ours
         if "--debug" in arguments:
@@ -46,6 +50,9 @@ def _run(click_main: Any, args: list[str] | None = None, *rest: Any, **kwargs: A
         sentence, code = explain(error)
         click.echo(f"error: {sentence}", err=True)
         sys.exit(code)
+    finally:
+        if own:
+            gc.freeze()  # nor do those of Python's end, which take a second
 
 
 def explain(error: Exception) -> tuple[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -50,6 +51,17 @@ def threads_as_leader(team: Team) -> None:
     threads = team.from_leader(torch.get_num_threads())
     if threads != torch.get_num_threads():
         torch.set_num_threads(threads)
+
+
+def age() -> float:
+    """Seconds since this process began, importing everything included; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/stat", encoding="utf-8") as file:
+            fields = file.read().rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5): since the machine started
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0
 
 
 def _local_rank() -> int:

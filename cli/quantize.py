@@ -165,6 +165,7 @@ def _quantize(
     for warning in require_exportable(model_dir, config, to, result_dtype(model_dir, target)):
         display.say(f"warning: {warning}")
 
+    before = {"start": processes.age()}
     samples: list[Any] = []
     calibration: dict[str, Any] = {}
     with keeping(work, work_dir if team.leads else None, {"options": given, "settings": config.to_dict()}) as kept:
@@ -182,6 +183,7 @@ def _quantize(
                 "special_tokens": special_tokens, "tokens": tokens,
             }  # fmt: skip
         samples, calibration = team.from_leader((samples, calibration))
+        before["calibration text"] = processes.age() - before["start"]
         processes.threads_as_leader(team)
         if kept is not None:
             kept.arguments["calibration"] = calibration
@@ -205,6 +207,7 @@ def _quantize(
                 spill=place,
                 max_gpu_memory=limit,
                 team=team,
+                before=before,
             )
     if not team.leads:
         return
@@ -250,11 +253,19 @@ def summary(report: Any, to: str = "marlin") -> str:
             f"tuning     KL {tuning['kl_before']:.5f} -> {tuning['kl_after']:.5f} on "
             f"{tuning['windows_judged']} windows kept aside" + ("" if tuning["kept"] else ": not kept")
         )
+    lines += [f"stages     {stages(report)}"]
     lines += [
         f"time       {options.show_time(report.seconds)} on {report.device}{loops}",
         f"next       marlin-eval perplexity {report.output}" if to == "marlin" else "next       docs/serving.md",
     ]
     return "\n".join(lines)
+
+
+def stages(report: Any) -> str:
+    """Seconds of each stage of a run, and all together, from the start of the command."""
+    spent = {name: cost["seconds"] for name, cost in report.costs.items()}
+    shown = [f"{name} {seconds:.1f}" for name, seconds in spent.items() if seconds >= 0.05]
+    return f"{', '.join(shown)}: {sum(spent.values()):.1f} s in all"
 
 
 def _read_samples(

@@ -107,7 +107,7 @@ _HOW: tuple[Callable[..., Any], ...] = (
         "--shard-size",
         default="1GB",
         show_default=True,
-        help="Largest size of a weight file; as much waits in memory before it is written.",
+        help="Largest size of a weight file; one fills in memory while the one before is written.",
     ),
     click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists."),
     click.option(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,8 @@ class BlockRun:
             return tensor
         require_finite(name, tensor, "the checkpoint is damaged")
         cast = tensor.to(self.target)
-        require_finite(name, cast, f"they overflow {self.target}; use --dtype bfloat16")
+        if cast.dtype != tensor.dtype:
+            require_finite(name, cast, f"they overflow {self.target}; use --dtype bfloat16")
         return cast
 
     def embed(self, samples: list[Tensor]) -> Activations:
@@ -124,7 +126,11 @@ class BlockRun:
 
         Returns the block's tensors as they are to be written, by the names the model has for them.
         """
-        with self.stream.block(index) as block:
+        with ExitStack() as entered:
+            with self.costs.measure("load"):
+                block = entered.enter_context(self.stream.block(index))
+            if index + 1 < self.stream.n_blocks:
+                self.stream.read_ahead(index + 1)
             prefix = self.stream.block_name(index)
             linears = {name: _linear(block, name.removeprefix(f"{prefix}.")) for name in names}
             digest = self._digest(hidden)
@@ -134,10 +140,12 @@ class BlockRun:
                 tensors = self._quantize_block(index, block, linears, hidden)
                 if self.work is not None and digest is not None:
                     record = {"linears": [asdict(linear) for linear in self.records[first:]]}
-                    self.work.put(step_name(index), digest, tensors, record)
+                    with self.costs.measure("keep"):
+                        self.work.put(step_name(index), digest, tensors, record)
             if index + 1 < self.stream.n_blocks:
-                for position, inputs in enumerate(hidden):
-                    hidden.put(position, self.stream.run(index, inputs))
+                with self.costs.measure("propagate"):
+                    for position, inputs in enumerate(hidden):
+                        hidden.put(position, self.stream.run(index, inputs))
             return tensors
 
     def _digest(self, hidden: Activations) -> str | None:
@@ -249,7 +257,8 @@ class BlockRun:
             self.records += self.team.object_from(owner, records)
             for name in group:
                 part = self._part_from(owner, parts.get(name), name, linears[name])
-                packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
+                with self.costs.measure("pack"):
+                    packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
                 self.quantized.append((linears[name], part))
 
     def _told(self, index: int, name: str, error: float) -> None:

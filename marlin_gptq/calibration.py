@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "DEFAULT_SEQ_LEN",
     "CalibrationWarning",
     "Split",
+    "all_token_ids",
     "calibration_samples",
     "load_documents",
     "load_tokenizer",
@@ -34,6 +36,8 @@ __all__ = [
 DEFAULT_SEQ_LEN = 4096
 SHUFFLE_BUFFER = 4096
 TRIES_PER_SAMPLE = 64
+# Documents tokenized by one call, which spreads them over the cores: what a tokenizer returns takes a lot of memory.
+AT_ONCE = 64
 
 
 class CalibrationWarning(UserWarning):
@@ -69,13 +73,14 @@ def calibration_samples(
     lengths: list[int] = []
     # A stream in which hardly anything fits would otherwise be read to its end.
     tries = max(SHUFFLE_BUFFER, TRIES_PER_SAMPLE * n_samples)
-    for text in shuffled(documents, seed):
-        ids = token_ids(tokenizer, text, special_tokens)
-        lengths.append(len(ids))
-        if 2 <= len(ids) <= seq_len:
-            samples.append(ids)
-        if len(samples) == n_samples or len(lengths) == tries:
+    order = shuffled(documents, seed)
+    # Never more at once than are still wanted, so that no document is read or tokenized in vain.
+    while wanted := min(n_samples - len(samples), tries - len(lengths), AT_ONCE):
+        found = all_token_ids(tokenizer, list(islice(order, wanted)), special_tokens)
+        if not found:
             break
+        lengths += map(len, found)
+        samples += (ids for ids in found if 2 <= len(ids) <= seq_len)
     if len(samples) < n_samples:
         _complain(dataset, lengths, len(samples), n_samples, seq_len)
     return samples
@@ -104,6 +109,14 @@ def token_ids(tokenizer: Any, text: str, special_tokens: bool = True) -> Tensor:
     """int64 [T]: `text` tokenized whole, with the special tokens that the tokenizer adds or without."""
     # verbose: a warning that the text exceeds the model's context means nothing, it is cut or left out.
     return torch.tensor(tokenizer(text, add_special_tokens=special_tokens, verbose=False).input_ids, dtype=torch.int64)
+
+
+def all_token_ids(tokenizer: Any, texts: list[str], special_tokens: bool = True) -> list[Tensor]:
+    """`token_ids` of each text, by one call: tokenizers written in Rust take as many cores as there are."""
+    if not texts:
+        return []
+    ids = tokenizer(texts, add_special_tokens=special_tokens, verbose=False).input_ids
+    return [torch.tensor(one, dtype=torch.int64) for one in ids]
 
 
 def load_tokenizer(model_dir: Path) -> Any:

@@ -9,6 +9,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -326,12 +327,15 @@ class CheckpointWriter:
     """Writes a directory under a temporary name beside `output` and renames it at the end.
 
     with CheckpointWriter(output, shard_size=10**9, overwrite=False) as writer:
-        writer.add("model.norm.weight", tensor)    # flushed to a shard whenever shard_size bytes are waiting
+        writer.add("model.norm.weight", tensor)    # goes to a shard whenever shard_size bytes are waiting
         writer.write_text("config.json", "…")
         writer.finish()
 
     Leaving without `finish`, by an exception or otherwise, removes the temporary directory: what stood under
     `output` before stays as it was. A full disk is a CheckpointError that says how much was asked for.
+
+    A shard is written and synced by a thread while the next one fills, so that up to two of them are in memory. What
+    goes wrong in the thread is raised by the next `add`, `drain` or `finish`; the thread ends with the `with` block.
 
     A killed process leaves its temporary directory behind. With `run`, the name of a run that may be resumed, the
     next writer of that run removes it, and puts back what stood under `output` if it was killed between two renames.
@@ -350,6 +354,9 @@ class CheckpointWriter:
         self._waiting: dict[str, Tensor] = {}
         self._waiting_bytes = 0
         self._shards: list[list[str]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-shard")
+        self._writing: Future[None] | None = None
+        self._staging = torch.empty(0, dtype=torch.uint8)
         self.total_bytes = 0
         try:
             output.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -363,14 +370,19 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        try:
+            self._thread.shutdown(cancel_futures=True)  # waits for the shard that is being written
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Queue one tensor; it is copied to the CPU."""
+        if self._writing is not None and self._writing.done():
+            self._settle()
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._waiting_bytes + size > self.shard_size:
             self._flush()
-        self._waiting[name] = tensor.detach().to("cpu", copy=tensor.device.type == "cpu").contiguous()
+        self._waiting[name] = self._copied(tensor.detach())
         self._waiting_bytes += size
         self.total_bytes += size
 
@@ -386,12 +398,17 @@ class CheckpointWriter:
                 with self._full_disk_named(file.stat().st_size):
                     shutil.copyfile(file, self.directory / file.name)
 
+    def drain(self) -> None:
+        """Everything added so far is in its shard, and on the disk."""
+        self._flush()
+        self._settle()
+
     def finish(self, ready: Callable[[Path], None] | None = None) -> None:
         """Write what waits, name the shards, and put the directory in its place in one rename.
 
         `ready` is called with the complete directory right before that.
         """
-        self._flush()
+        self.drain()
         self._name_shards()
         # mkdtemp and safetensors make private files; the checkpoint gets the rights any new file has here.
         mask = os.umask(0)
@@ -427,14 +444,36 @@ class CheckpointWriter:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """In host memory of its own; from a GPU by way of page-locked memory, because pageable copies crawl."""
+        if tensor.device.type != "cuda":
+            return tensor.to("cpu", copy=tensor.device.type == "cpu").contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if self._staging.numel() < size:
+            self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        staged = self._staging[:size].view(tensor.dtype).view(tensor.shape)
+        return staged.copy_(tensor).clone()
+
     def _flush(self) -> None:
+        """Hand what waits to the thread, once that is done with the shard before."""
         if not self._waiting:
             return
+        self._settle()
         shard = self.directory / f"shard-{len(self._shards)}.safetensors"
-        with self._full_disk_named(self._waiting_bytes):
-            save_file(self._waiting, shard, metadata={"format": "pt"})
         self._shards.append(list(self._waiting))
+        self._writing = self._thread.submit(self._write_shard, shard, self._waiting, self._waiting_bytes)
         self._waiting, self._waiting_bytes = {}, 0
+
+    def _settle(self) -> None:
+        """Wait for the shard that is being written; what went wrong there is raised here."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write_shard(self, shard: Path, tensors: dict[str, Tensor], size: int) -> None:
+        with self._full_disk_named(size):
+            save_file(tensors, shard, metadata={"format": "pt"})
+            _to_disk(shard)
 
     def _name_shards(self) -> None:
         count = len(self._shards)

@@ -1,4 +1,4 @@
-"""What each technique of a run costs: seconds, and the most memory the GPU held meanwhile."""
+"""What each stage of a run costs: seconds, and the most memory the GPU held meanwhile."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import torch
 
 
 class Cost(TypedDict):
-    """Summed seconds of one technique and its peak of allocated GPU bytes (None without a GPU)."""
+    """Summed seconds of one stage and its peak of allocated GPU bytes (None without a GPU)."""
 
     seconds: float
     peak_gpu_bytes: int | None
 
 
 class Costs:
-    """Measured by name; on a GPU the device is waited for, so that times are those of the work itself."""
+    """Measured by name. A GPU works behind the calls that ask it to, so it is waited for at both ends of a stage: its
+    time counts where the work was asked for. Threads that read ahead and write behind count only where they are
+    waited for."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,6 +42,18 @@ class Costs:
             cost["seconds"] += time.perf_counter() - started
             if peak is not None:
                 cost["peak_gpu_bytes"] = max(peak, cost["peak_gpu_bytes"] or 0)
+
+    def rest(self, name: str, since: float) -> float:
+        """Adds to `name` what has passed since `time.perf_counter()` was `since` and was not measured.
+
+        So all stages together are the time since then, which is returned, if all were measured since then.
+        """
+        self._look()
+        passed = time.perf_counter() - since
+        left = passed - sum(cost["seconds"] for cost in self.by_name.values())
+        cost = self.by_name.setdefault(name, Cost(seconds=0.0, peak_gpu_bytes=None))
+        cost["seconds"] += max(0.0, left)
+        return passed
 
     def peak_gpu_bytes(self) -> int | None:
         """Most allocated bytes since this object was made; None without a GPU."""

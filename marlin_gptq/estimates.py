@@ -46,7 +46,7 @@ class Job:
     tokens, longest  calibration tokens in all and of the longest sample; 0 for method rtn.
     compute_bytes    per value in the forward: 2 on a GPU, 4 elsewhere.
     stored_bytes     per 16-bit value of the result: 2.
-    shard_size       output that waits in host memory, in bytes.
+    shard_size       of the output, in bytes: one shard is filled in host memory while another is written.
     signed, act_order, plain, sweeps, corrected  the techniques of the recipe beside GPTQ: `signed_scales`, `act_order`,
                      whether `clip_hessian` is "plain", `refine_sweeps`, whether there is a `correct_target`.
     """
@@ -149,6 +149,11 @@ def activation_bytes(outline: Outline, job: Job) -> int:
     return streams(job) * job.tokens * outline.hidden * job.compute_bytes
 
 
+def ahead_bytes(outline: Outline, job: Job) -> int:
+    """The largest block as it waits in host memory, read before its turn; 16 bits a weight are reckoned with."""
+    return max((block.parameters for block in outline.blocks), default=0) * job.stored_bytes
+
+
 def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
     """Peak of a run under a plan. On a CPU device and host are one memory: add the two."""
     kept = activation_bytes(outline, job) if plan.place == "device" else 0
@@ -160,8 +165,8 @@ def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
         weights += codes * job.compute_bytes if job.corrected else 0  # as they were before, to go on in full precision
         phases += [(phase, index, kept + weights + codes + size) for phase, size in _phases(outline, block, job, plan)]
     phase, index, device = max(phases, key=lambda entry: entry[2])
-    waiting = min(max(job.shard_size, table * job.stored_bytes), output_bytes(outline, job.stored_bytes))
-    host = waiting + (activation_bytes(outline, job) if plan.place == "host" else 0)
+    waiting = min(2 * max(job.shard_size, table * job.stored_bytes), output_bytes(outline, job.stored_bytes))
+    host = waiting + ahead_bytes(outline, job) + (activation_bytes(outline, job) if plan.place == "host" else 0)
     return Memory(device, host, phase, index)
 
 
@@ -170,7 +175,7 @@ def memory_on_cpu(outline: Outline, job: Job, plan: Plan) -> int:
     found = memory(outline, job, plan)
     table = max((prod(shape) for _, shape in outline.outer), default=0) * job.stored_bytes
     kept = activation_bytes(outline, job) if plan.place == "device" else 0
-    read, written = table + found.host, 2 * found.host  # safetensors copies what it writes
+    read, written = table + found.host, 2 * found.host  # some versions of safetensors copy what they write
     # Nothing waits yet when the embedding table is read, as stored and as computed with.
     work = found.device + (table if found.phase == "embed" else found.host)
     return max(work, kept + max(read, written))

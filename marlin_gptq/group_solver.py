@@ -59,7 +59,8 @@ class GroupSolver:
                 rows = slice(row, row + linears[name].out_features)
                 row = rows.stop
                 part = quantized.rows(rows.start, rows.stop)
-                error = relative_error(weight[rows], part.dequantize(), hessian)
+                with self.costs.measure("judge"):
+                    error = relative_error(weight[rows], part.dequantize(), hessian)
                 share = seconds * linears[name].out_features / weight.shape[0]
                 tokens = calibrated.tokens.get(group[0], 0)
                 parts[name] = part

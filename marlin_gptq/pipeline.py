@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from marlin_gptq.block_run import BlockRun
 from marlin_gptq.checkpoint import CheckpointWriter, require_space, staging_directory
 from marlin_gptq.config import QuantizationConfig
-from marlin_gptq.costs import Costs
+from marlin_gptq.costs import Cost, Costs
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.estimates import Job, Plan, plan_within, streams
@@ -70,6 +70,7 @@ def quantize_model(
     spill: str | None = None,
     max_gpu_memory: int | None = None,
     team: Team = ALONE,
+    before: Mapping[str, float] | None = None,
 ) -> QuantizeReport:
     """Quantize the decoder linears of `model_dir` into the new directory `output`.
 
@@ -81,6 +82,7 @@ def quantize_model(
                 bit-identical to that of a run in one piece, but for the times in its log and card.
     spill       where activations wait between two blocks: "none" (on the device), "host" or "disk"; None decides.
     max_gpu_memory  bytes that the run may take on the GPU; what it gives up for that stands in estimates.plan_within.
+    before      seconds of what the caller did before, by stage: they stand first among the costs in the report.
     team        the processes that work on it together, each calling this with the same arguments (`work`, `progress`
                 and what is written are the first one's). Equal to one process but for the order of sums.
 
@@ -100,12 +102,13 @@ def quantize_model(
             first = quantize_model(
                 model_dir, staging / output.name, replace(config, tune_steps=0), samples,
                 device=device, dtype=dtype, shard_size=shard_size, base_model=base_model, calibration=calibration,
-                progress=progress, spill=spill,
+                progress=progress, spill=spill, before=before,
             )  # fmt: skip
             return tune_checkpoint(
                 model_dir, first.output, output, first, config, samples,
                 device=device, shard_size=shard_size, overwrite=overwrite, progress=progress,
             )  # fmt: skip
+    costs = Costs(device)
     target = result_dtype(model_dir, dtype)
     stream = BlockStream(model_dir, device=device, dtype=target if device.type == "cuda" else torch.float32)
     linears = linears_of(stream, config)
@@ -121,28 +124,37 @@ def quantize_model(
     own = _own_samples(passing, team)
     job = job_of(own, config, stream.dtype, shard_size)
     plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory))
-    loops = _loops(linears, config, target, device, team)
+    with costs.measure("try inner loops"):
+        loops = _loops(linears, config, target, device, team)
     if work is not None:
         work.require_space(size, output)
         shared = {"rows at once": plan.rows, "processes": team.size, "inner loops": loops}
         work.begin(_facts(model_dir, config, target, shard_size, device) | shared, samples)
     disk = work.directory if work else output.absolute().parent
-    run = BlockRun(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team, Costs(device))
+    run = BlockRun(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team, costs)
     name = work.id if work else None
     # Only the first process writes.
     writing = CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, run=name) if team.leads else None
-    with writing or nullcontext() as writer:
-        hidden = run.embed(own)
-        if config.correct_target and config.method == "gptq":
-            run.full = run.copied(hidden)
+    with writing or nullcontext() as writer, closing(stream):
+        costs.rest("open", started)
+        stream.read_ahead(0)
+        with costs.measure("embed"):
+            hidden = run.embed(own)
+            if config.correct_target and config.method == "gptq":
+                run.full = run.copied(hidden)
         if writer is not None:
-            run.copy_outer(writer)
+            with costs.measure("write"):
+                run.copy_outer(writer)
         for index, names in enumerate(linears):
             tensors = run.block(index, list(names), hidden)
             if writer is not None:
-                for name, tensor in tensors.items():
-                    writer.add(stream.file_name(name), tensor)
+                with costs.measure("write"):
+                    for name, tensor in tensors.items():
+                        writer.add(stream.file_name(name), tensor)
         run.report("write", stream.n_blocks - 1, None, None)
+        if writer is not None:
+            with costs.measure("write"):
+                writer.drain()
         unknown = stream.unknown_tensors()
         if unknown and team.leads:
             logger.warning(
@@ -150,6 +162,7 @@ def quantize_model(
                 len(unknown),
                 unknown[0],
             )
+        seconds = costs.rest("other", started)
         report = QuantizeReport(
             output=output,
             base_model=base_model or model_dir.resolve().name,
@@ -157,12 +170,12 @@ def quantize_model(
             calibration=calibration or {},
             device=str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
             dtype=str(target).removeprefix("torch."),
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             bytes_before=sum(stream.store.size(name) for name in stream.store.names if name not in set(unknown)),
             bytes_after=size,
-            peak_gpu_bytes=run.costs.peak_gpu_bytes(),
+            peak_gpu_bytes=costs.peak_gpu_bytes(),
             unknown_tensors=unknown,
-            costs=run.costs.by_name,
+            costs={name: Cost(seconds=s, peak_gpu_bytes=None) for name, s in (before or {}).items()} | costs.by_name,
             records=run.records,
             inner_loops=loops,
         )

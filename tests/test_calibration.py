@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from character_model import character_tokenizer
 
 from marlin_gptq.calibration import (
@@ -275,6 +276,37 @@ def test_samples_are_whole_documents_of_their_own_lengths(tmp_path: Path, tokeni
     for sample in samples:
         assert sample.dtype.is_signed and sample.dim() == 1
         assert [1, *sample.tolist()] == tokenizer("a" * len(sample)).input_ids  # <s> stays away
+
+
+@pytest.mark.parametrize(("wanted", "longest"), [(5, 30), (90, 30), (70, 11), (200, 30)])
+def test_documents_tokenized_together_are_those_drawn_one_by_one(
+    tmp_path: Path, tokenizer: Any, wanted: int, longest: int
+) -> None:
+    texts = ["ab" * (i % 19) + "c" for i in range(150)]
+    expected: list[list[int]] = []
+    drawn = 0
+    for text in shuffled(texts, 3):
+        if len(expected) == wanted:
+            break
+        drawn += 1
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        if 2 <= len(ids) <= longest:
+            expected.append(ids)
+
+    seen: list[str] = []
+
+    def counting(batch: list[str], **options: Any) -> Any:
+        seen.extend(batch)
+        return tokenizer(batch, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        samples = calibration_samples(
+            counting, jsonl(tmp_path / "t.jsonl", texts), n_samples=wanted, seq_len=longest, seed=3
+        )
+    assert [sample.tolist() for sample in samples] == expected
+    assert all(sample.dtype == torch.int64 for sample in samples)
+    assert len(seen) == drawn, "no document is tokenized in vain"
 
 
 def test_special_tokens_come_when_asked_for(tmp_path: Path, tokenizer: Any) -> None:

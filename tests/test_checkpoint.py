@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
+from concurrent.futures import wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +162,71 @@ def test_full_disk_says_how_much_was_needed(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(CheckpointError, match=r"the disk is full: 4\.0 MB were to be written and .* MB are free"):
         write(tmp_path / "out", {"t": torch.zeros(1_000_000)})
     assert list(tmp_path.iterdir()) == []
+    # In the thread, and told at the next opportunity: not only at the end.
+    with (
+        pytest.raises(CheckpointError, match=r"the disk is full: 0\.0 MB were to be written") as told,
+        CheckpointWriter(tmp_path / "out", shard_size=8, overwrite=False) as writer,
+    ):
+        writer.add("a", torch.zeros(2))
+        writer.add("b", torch.zeros(2))
+        assert writer._writing is not None
+        wait([writer._writing])
+        writer.add("c", torch.zeros(2))
+        raise AssertionError("the error came too late")
+    assert isinstance(told.value.__cause__, OSError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_is_written_while_the_next_fills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, threads = threading.Event(), []
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        threads.append(threading.current_thread().name)
+        assert go_on.wait(30)
+        save_file(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    tensors = {f"t{i}": torch.full((50,), float(i)) for i in range(5)}
+    with CheckpointWriter(tmp_path / "out", shard_size=400, overwrite=False) as writer:
+        for name in ("t0", "t1", "t2", "t3"):  # two shards: one is being written, one is full
+            writer.add(name, tensors[name])
+        threading.Timer(0.05, go_on.set).start()
+        writer.add("t4", tensors["t4"])  # waits: there is no room for a third
+        assert go_on.is_set()
+        writer.finish()
+    assert len(threads) == 3 and all(name.startswith("write-shard") for name in threads)
+    assert not any(thread.name.startswith("write-shard") for thread in threading.enumerate())
+    store = TensorStore(tmp_path / "out")
+    assert all(torch.equal(store.get(name), tensor) for name, tensor in tensors.items())
+
+
+def test_shards_are_on_the_disk_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = checkpoint._to_disk
+    monkeypatch.setattr(checkpoint, "_to_disk", lambda path: (synced.append(path.name), real(path)))
+    with CheckpointWriter(tmp_path / "out", shard_size=8, overwrite=False) as writer:
+        writer.add("a", torch.zeros(2))
+        writer.add("b", torch.zeros(2))
+        writer.drain()
+        assert synced == ["shard-0.safetensors", "shard-1.safetensors"]
+        writer.drain()  # nothing waits: nothing happens
+        assert len(synced) == 2
+        writer.finish()
+
+
+@pytest.mark.gpu
+def test_tensors_of_a_gpu_are_written_as_they_are(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "int": torch.randint(-(2**31), 2**31 - 1, (64, 96), dtype=torch.int32, generator=generator),
+        "half": torch.randn(5, 7, generator=generator).half(),
+        "larger": torch.randn(300, 200, generator=generator),
+        "turned": torch.randn(30, 20, generator=generator).t(),
+    }
+    write(tmp_path / "cpu", tensors)
+    write(tmp_path / "gpu", {name: tensor.cuda() for name, tensor in tensors.items()})
+    one, other = (tmp_path / name / "model.safetensors" for name in ("cpu", "gpu"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_models_that_do_not_exist(tmp_path: Path) -> None:

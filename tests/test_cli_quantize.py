@@ -65,6 +65,7 @@ def test_a_whole_run(model_dir: Path, texts: str, tmp_path: Path) -> None:
     assert f"written    {output}" in result.stdout
     assert "kB ->" in result.stdout and "error      mean 0.0" in result.stdout
     assert f"marlin-eval perplexity {output}" in result.stdout
+    assert re.search(r"^stages     start \d+\.\d, .*: \d+\.\d s in all$", result.stdout, flags=re.MULTILINE)
     lines = result.stderr.split("\n")
     assert "note: calibration documents of at most 256 tokens, the model's context" in lines
     assert any(line.startswith("5 samples of ") for line in lines)
@@ -100,6 +101,11 @@ def test_json_is_one_object_on_stdout(model_dir: Path, texts: str, tmp_path: Pat
     assert calibration.pop("tokens") > 0
     assert calibration == {"dataset": texts, "n_samples": 3, "seq_len": 99, "seed": 7, "special_tokens": False}
     assert report["model"] == str(model_dir) and report["seconds"] > 0
+    stages = list(report["costs"])
+    assert stages[:2] == ["start", "calibration text"] and {"load", "gptq", "write", "other"} <= set(stages)
+    assert all(cost["seconds"] >= 0 for cost in report["costs"].values())
+    inside = sum(cost["seconds"] for name, cost in report["costs"].items() if name not in stages[:2])
+    assert inside == pytest.approx(report["seconds"])
 
 
 def test_round_to_nearest_reads_no_text(model_dir: Path, tmp_path: Path) -> None:

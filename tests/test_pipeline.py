@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,6 +70,9 @@ def test_output_is_a_complete_directory(tmp_path: Path) -> None:
     assert "import marlin_gptq" in card and "| calibration: dataset | random |" in card and "old card" not in card
     assert report.bytes_after < report.bytes_before
 
+    stages = {"open", "embed", "load", "hessians", "factor", "gptq", "judge", "pack", "propagate", "write", "other"}
+    assert stages <= set(report.costs)
+    assert sum(cost["seconds"] for cost in report.costs.values()) == pytest.approx(report.seconds)
     assert [event.linear for event in events if event.stage == "quantize"] == [r["name"] for r in log["records"]]
     assert events[-1].stage == "write" and events[-1].done == events[-1].total == 14
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -286,8 +290,21 @@ def test_interrupting_leaves_nothing(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(source, tmp_path / "out", progress=interrupt)
+        quantize(source, tmp_path / "out", progress=interrupt, shard_size=10_000)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert not background_threads()
+
+
+def test_threads_end_with_the_run(tmp_path: Path) -> None:
+    seen: set[str] = set()
+    source = save_tiny_model(tmp_path / "source")
+    quantize(source, tmp_path / "out", progress=lambda _: seen.update(background_threads()), shard_size=10_000)
+    assert seen == {"read-ahead", "write-shard"} and not background_threads()
+
+
+def background_threads() -> set[str]:
+    names = {thread.name.rpartition("_")[0] for thread in threading.enumerate()}
+    return names & {"read-ahead", "write-shard"}
 
 
 def test_tokens_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:

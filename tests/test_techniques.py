@@ -262,3 +262,18 @@ def test_costs_are_counted_by_technique() -> None:
     solve(random_weight(8, 64, 1), prepared, settings, HALF, costs=costs)
     assert set(costs.by_name) == {"factor", "gptq", "refine"}
     assert all(cost["seconds"] > 0 and cost["peak_gpu_bytes"] is None for cost in costs.by_name.values())
+
+
+def test_what_no_stage_measured_is_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from marlin_gptq import costs as module
+
+    clock = iter([1.0, 4.0, 10.0, 10.0, 16.0])
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    costs = module.Costs(CPU)
+    with costs.measure("load"):  # 1 to 4
+        pass
+    assert costs.rest("open", 0.0) == 10.0  # 0 to 10, less 3
+    assert costs.rest("open", 0.0) == 10.0  # and nothing once more
+    assert costs.rest("other", 0.0) == 16.0
+    seconds = {name: cost["seconds"] for name, cost in costs.by_name.items()}
+    assert seconds == {"load": 3.0, "open": 7.0, "other": 6.0}

@@ -32,6 +32,7 @@ from marlin_gptq.modeling.architecture import (
 )
 from marlin_gptq.modeling.experts import file_name, fused_source, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
+from marlin_gptq.modeling.read_ahead import ReadAhead, Source, read
 
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -123,6 +124,7 @@ class BlockStream:
         self._remembered: dict[tuple[int, ...], list[_Arguments]] = {}
         self._remembered_bytes = 0
         self._tied = self._tied_names()
+        self._ahead = ReadAhead(self.store, device)
         self._require_complete()
         self._move_buffers()
 
@@ -171,6 +173,15 @@ class BlockStream:
                 layer.restore_stored_layout()
             _release(block)
             return_free_memory()
+
+    def read_ahead(self, index: int) -> None:
+        """Begin to read the weights of block `index` into host memory, for when it is entered; `close` ends it."""
+        root = [(self.block_name(index), self._blocks[index])]
+        self._ahead.start({name: self._source(name, like) for _, _, name, like in self._absent(root)})
+
+    def close(self) -> None:
+        """End the thread that reads ahead, if one began."""
+        self._ahead.close()
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor) -> Tensor:
@@ -306,20 +317,26 @@ class BlockStream:
 
     def _load(self, modules: list[tuple[str, nn.Module]]) -> None:
         """Read every parameter and persistent buffer of these modules that is still without data."""
+        for module, own, full, like in self._absent(modules):
+            tensor = self._read(full, like)
+            parameter = isinstance(like, nn.Parameter)
+            setattr(module, own, nn.Parameter(tensor, requires_grad=False) if parameter else tensor)
+
+    @staticmethod
+    def _absent(modules: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, str, str, Tensor]]:
+        """(module, name in it, full name, itself) of every parameter and persistent buffer without data."""
+        found: list[tuple[nn.Module, str, str, Tensor]] = []
         for prefix, root in modules:
             for name, module in root.named_modules():
                 full = ".".join(part for part in (prefix, name) if part)
-                for own, parameter in module.named_parameters(recurse=False):
-                    if parameter.is_meta:
-                        tensor = self._read(f"{full}.{own}", parameter)
-                        setattr(module, own, nn.Parameter(tensor, requires_grad=False))
-                for own, buffer in module.named_buffers(recurse=False):
-                    if buffer.is_meta:
-                        setattr(module, own, self._read(f"{full}.{own}", buffer))
+                named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+                found += [(module, own, f"{full}.{own}", like) for own, like in named if like.is_meta]
+        return found
 
     def _read(self, name: str, like: Tensor) -> Tensor:
-        stored, part = self._source(name, like)
-        tensor = self.store.get(stored) if part is None else self.store.get_part(stored, part)
+        tensor = self._ahead.take(name)
+        if tensor is None:
+            tensor = read(self.store, self._source(name, like))
         if tensor.shape != like.shape:
             raise CheckpointError(f"{name}: got {list(tensor.shape)}, expected {list(like.shape)} from config.json")
         if tensor.is_floating_point() != like.is_floating_point():
@@ -331,7 +348,7 @@ class BlockStream:
             require_finite(name, moved, "float16 overflows; use --dtype bfloat16")
         return moved
 
-    def _source(self, name: str, like: Tensor) -> tuple[str, tuple[int, slice] | None]:
+    def _source(self, name: str, like: Tensor) -> Source:
         """(tensor in the files, part of it or None for all): files may hold the experts of a layer in one tensor."""
         fused = None if name in self.store else fused_source(name, self.config, like.shape[0])
         for stored in (fused[0], self.file_name(fused[0])) if fused else ():

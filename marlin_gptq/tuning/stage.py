@@ -97,12 +97,13 @@ def tune_checkpoint(
             after,
             judged,
         )
+    seconds = costs.rest("tuning, other", started)
     moved = sum(int((layer.quantized().codes != started_from[name]).sum()) for name, layer in student.layers.items())
     report = replace(
         first,
         output=output,
         config=config,
-        seconds=first.seconds + time.perf_counter() - started,
+        seconds=first.seconds + seconds,
         costs=first.costs | costs.by_name,
         peak_gpu_bytes=_larger(first.peak_gpu_bytes, costs.peak_gpu_bytes()),
         records=[_after(record, student) if helped else record for record in first.records],
