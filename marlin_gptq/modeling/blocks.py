@@ -191,7 +191,7 @@ class BlockStream:
     def run(self, index: int, hidden: Tensor, lengths: Sequence[int] = ()) -> Tensor:
         """hidden [B, T, hidden_size] through block `index`, which must have been entered.
 
-        lengths  of the samples that hidden [1, ΣT, hidden_size] is a pack of, see `packs`; with fewer than two it is none.
+        lengths  of the samples that hidden [1, ΣT, hidden_size] is a pack of, see `packs`; fewer than two are none.
         """
         block = self._blocks[index]
         if self._places[index] is not block:
@@ -214,52 +214,51 @@ class BlockStream:
         tokens  of a pack at most, unless one sample has more; 0 leaves every sample alone.
 
         Alone stay batches, samples that the model hands a mask or anything else that is not understood, and all samples
-        where a trial finds a mistake; the log says so, once. To be called where nothing watches the block's linears: the
-        trial passes NaN through them.
+        where a trial finds a mistake; the log says so, once. To be called where nothing watches the block's linears:
+        the trial passes NaN through them.
         """
         alone = [range(position, position + 1) for position in range(len(shapes))]
         if tokens <= 0 or len(shapes) < 2:
             return alone
-        lengths = [length for _, length in shapes]
         kinds = [self._kind(index, length) if batch == 1 else None for batch, length in shapes]
         packs = packs_of([batch * length for batch, length in shapes], kinds, tokens)
-        reason = None
-        if len(packs) < len(shapes):
-            make = make_of(self._blocks[index]), self._kind(index, min(PROBE_LENGTHS))
-            if make not in self._mistakes:
-                self._mistakes[make] = self._mistake(index)
-            reason = self._mistakes[make]
-        several = sum(batch > 1 for batch, _ in shapes)
-        if (reason or kinds.count(None) > several) and not self._told_alone:
+        wrong = self._mistake(index) if len(packs) < len(shapes) else None
+        lonely = [length for (batch, length), kind in zip(shapes, kinds, strict=True) if batch == 1 and kind is None]
+        if wrong is not None:
+            self._tell_alone(index, wrong)
+        elif lonely:
+            self._tell_alone(index, f"samples of {min(lonely)} tokens come with a mask or the like (a sliding window?)")
+        return packs if wrong is None else alone
+
+    def _tell_alone(self, index: int, reason: str) -> None:
+        if not self._told_alone:
             self._told_alone = True
             logger.warning(
-                "%s: %s, so that %s through it one at a time, which takes longer",
+                "%s: %s; calibration samples that cannot share a pass go through one at a time, which takes longer",
                 self.block_name(index),
-                reason
-                or f"samples of {min(n for n, kind in zip(lengths, kinds, strict=True) if kind is None)} tokens "
-                "come with a mask or the like (a sliding window?)",
-                "calibration samples pass" if reason else "they pass",
+                reason,
             )
-        return alone if reason else packs
 
     def _kind(self, index: int, length: int) -> Hashable | None:
+        """What samples of this length must have in common with others to share a pass, None if they cannot."""
         if length not in self._kinds:
-            self._arguments(
-                index, torch.zeros(1, length, self.config.hidden_size, dtype=self.dtype, device=self.device)
-            )
+            shape = (1, length, self.config.hidden_size)
+            self._arguments(index, torch.zeros(shape, dtype=self.dtype, device=self.device))
         return self._kinds[length][index]
 
     def _mistake(self, index: int) -> str | None:
-        if (
-            len({self._kind(index, length) for length in PROBE_LENGTHS}) > 1
-            or self._kind(index, PROBE_LENGTHS[0]) is None
-        ):
+        """What goes wrong when samples share a pass through block `index`; tried once for all blocks of its make."""
+        kinds = {self._kind(index, length) for length in PROBE_LENGTHS}
+        if len(kinds) > 1 or None in kinds:
             return "what the model hands it beside hidden states is not understood"
-        return mistake(
-            lambda hidden, lengths: self.run(index, hidden.to(self.device), lengths),
-            self.config.hidden_size,
-            self.dtype,
-        )
+        make = make_of(self._blocks[index]), kinds.pop()
+        if make not in self._mistakes:
+            self._mistakes[make] = mistake(
+                lambda hidden, lengths: self.run(index, hidden.to(self.device), lengths),
+                self.config.hidden_size,
+                self.dtype,
+            )
+        return self._mistakes[make]
 
     def _arguments(self, index: int, hidden: Tensor) -> Arguments:
         """What the model's own forward hands block `index` beside hidden states of this shape.

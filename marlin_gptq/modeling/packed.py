@@ -207,15 +207,9 @@ def mistake(run: Callable[[Tensor, tuple[int, ...]], Tensor], width: int, dtype:
 
 def make_of(block: nn.Module) -> Hashable:
     """What tells blocks apart that may treat samples otherwise: their modules, with plain attributes but the number."""
-    return tuple(
-        (
-            name,
-            type(module),
-            tuple(sorted((key, repr(value)) for key, value in vars(module).items() if _plain(key, value))),
-        )
-        for name, module in block.named_modules()
-    )
 
+    def plain(module: nn.Module) -> Hashable:
+        known = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+        return tuple(sorted((key, repr(value)) for key, value in known.items() if key != "layer_idx"))
 
-def _plain(key: str, value: Any) -> bool:
-    return key != "layer_idx" and (value is None or isinstance(value, bool | int | float | str))
+    return tuple((name, type(module), plain(module)) for name, module in block.named_modules())
