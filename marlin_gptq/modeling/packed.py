@@ -141,7 +141,9 @@ def within_samples(block: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
     """
     from transformers import AttentionInterface
 
-    found = {id(module.config): module.config for module in block.modules() if hasattr(module, "config")}
+    found: dict[int, Any] = {
+        id(module.config): module.config for module in block.modules() if hasattr(module, "config")
+    }
     configs = [config for config in found.values() if getattr(config, "_attn_implementation", None) == "sdpa"]
     if not configs:
         raise NotPackable("its attention is not transformers' sdpa")
