@@ -82,7 +82,12 @@ def estimate(
         "host_bytes_now": here,
         "seconds": seconds(made, job(2 if cuda else 4), *rates(device)),
         "tuning": _tuning(model_dir, config) if config.tunes else None,
-        "plan": {"place": plan.place, "hessian_bytes": plan.hessian_bytes, "rows": plan.rows},
+        "plan": {
+            "place": plan.place,
+            "hessian_bytes": plan.hessian_bytes,
+            "rows": plan.rows,
+            "pack_tokens": plan.pack_tokens,
+        },
     }
 
 

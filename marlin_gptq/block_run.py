@@ -31,6 +31,7 @@ from marlin_gptq.modeling.blocks import BlockStream, return_free_memory
 from marlin_gptq.modeling.install import install_block
 from marlin_gptq.modeling.linear import pack
 from marlin_gptq.modeling.observe import Calibrated, Groups, collect_cross, collect_hessians, full_precision, stages
+from marlin_gptq.modeling.packed import Packed
 from marlin_gptq.quantization.hessian import Cross
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group
 from marlin_gptq.report import LinearRecord, ProgressEvent
@@ -134,19 +135,23 @@ class BlockRun:
             prefix = self.stream.block_name(index)
             linears = {name: _linear(block, name.removeprefix(f"{prefix}.")) for name in names}
             digest = self._digest(hidden)
-            tensors = self._finished_before(index, block, linears, digest)
+            samples = Packed(hidden, self._packs(index, hidden))
+            tensors = self._finished_before(index, block, linears, digest, samples.packs)
             if tensors is None:
                 first = len(self.records)
-                tensors = self._quantize_block(index, block, linears, hidden)
+                tensors = self._quantize_block(index, block, linears, samples)
                 if self.work is not None and digest is not None:
                     record = {"linears": [asdict(linear) for linear in self.records[first:]]}
                     with self.costs.measure("keep"):
                         self.work.put(step_name(index), digest, tensors, record)
             if index + 1 < self.stream.n_blocks:
                 with self.costs.measure("propagate"):
-                    for position, inputs in enumerate(hidden):
-                        hidden.put(position, self.stream.run(index, inputs))
+                    samples.advance(partial(self.stream.run, index))
             return tensors
+
+    def _packs(self, index: int, hidden: Activations) -> list[range]:
+        """The samples that pass the block together; alone where each sample's median limits its tokens' weights."""
+        return self.stream.packs(index, hidden.shapes, 0 if self.config.token_cap > 0 else self.plan.pack_tokens)
 
     def _digest(self, hidden: Activations) -> str | None:
         """Of all that a block's result depends on beside its weights; None if no work directory asks for it."""
@@ -155,14 +160,14 @@ class BlockRun:
         return self.team.digest(hidden.digest() + ("" if self.full is None else self.full.digest()))
 
     def _finished_before(
-        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], digest: str | None
+        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], digest: str | None, packs: list[range]
     ) -> dict[str, Tensor] | None:
         if digest is None:
             return None
         step = self.team.from_leader(None if self.work is None else self.work.get(step_name(index), digest))
         if step is None:
             return None
-        self._advance_full(index)
+        self._advance_full(index, packs)
         sizes = {name: self.config.group_size_of(name) for name in linears}
         install_block(block, self.stream.block_name(index), linears, step.tensors, sizes)
         for record in step.record["linears"]:
@@ -171,7 +176,7 @@ class BlockRun:
         return step.tensors
 
     def _quantize_block(
-        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], hidden: Activations
+        self, index: int, block: nn.Module, linears: dict[str, nn.Linear], samples: Packed
     ) -> dict[str, Tensor]:
         self.report("calibrate", index, None, None)
         packed: dict[str, Tensor] = {}
@@ -180,15 +185,15 @@ class BlockRun:
             self._quantize(index, [[name] for name in linears], linears, Calibrated({}), packed)
             self.quantized.clear()  # nothing runs through the block any more
         elif linears:
-            in_order = stages(self.stream, index, linears, hidden[0])
+            in_order = stages(self.stream, index, linears, samples.activations[0])
             together = [[group for groups in in_order for group in groups]]
             for stage in in_order if self.config.true_sequential else together:
                 for groups in self._passes(stage, linears):
-                    found = self._calibrate(index, groups, linears, originals, hidden)
+                    found = self._calibrate(index, groups, linears, originals, samples)
                     self._quantize(index, groups, linears, found, packed)
                 self._replace_weights()
         with full_precision({name: linears[name] for name in originals}, originals):
-            self._advance_full(index)
+            self._advance_full(index, samples.packs)
         kept = {
             name: self.stored(name, tensor)
             for name, tensor in _named_tensors(block, self.stream.block_name(index))
@@ -202,26 +207,26 @@ class BlockRun:
         groups: Groups,
         linears: dict[str, nn.Linear],
         originals: dict[str, Tensor],
-        hidden: Activations,
+        samples: Packed,
     ) -> Calibrated:
         cap = self.config.token_cap
         with self.costs.measure("hessians"):
-            found = collect_hessians(self.stream, index, groups, linears, hidden, self.team.add_up, cap)
+            found = collect_hessians(self.stream, index, groups, linears, samples, self.team.add_up, cap)
         self._warn_of_starved(found)
         if self.full is not None:
             with self.costs.measure("correct target"):
+                full = Packed(self.full, samples.packs)
                 self.crosses = collect_cross(
-                    self.stream, index, groups, linears, originals, hidden, self.full, self.team.add_up, cap
+                    self.stream, index, groups, linears, originals, samples, full, self.team.add_up, cap
                 )
         return found
 
-    def _advance_full(self, index: int) -> None:
+    def _advance_full(self, index: int, packs: list[range]) -> None:
         """The full-precision stream through block `index`, which must have its own weights now."""
         if self.full is None or index + 1 == self.stream.n_blocks:
             return
         with self.costs.measure("correct target"):
-            for position, inputs in enumerate(self.full):
-                self.full.put(position, self.stream.run(index, inputs))
+            Packed(self.full, packs).advance(partial(self.stream.run, index))
 
     def _passes(self, stage: Groups, linears: dict[str, nn.Linear]) -> list[Groups]:
         """The groups of a stage in as many passes as their Hessians' memory asks for."""

@@ -3,7 +3,7 @@
 Memory is the largest of a run's phases, each the sum of what is then alive; the terms follow pipeline.py line by line:
 
     embed      embedding table + activations
-    forward    block + Hessians being summed + what the longest sample needs on its way through the block
+    forward    block + Hessians being summed + what the largest pack of samples needs on its way through the block
     factor     block + Hessians + the matrices that one factorisation works on
     solve      block + Hessians + factor + copies of one stacked weight + scratch of the clipping search in plain torch
                (the fused loops of a GPU need less of it)
@@ -21,6 +21,7 @@ from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import InputError
 from marlin_gptq.modeling.linear import padded_features
 from marlin_gptq.modeling.outline import BlockOutline, LinearOutline, Outline
+from marlin_gptq.modeling.packed import PACK_TOKENS
 from marlin_gptq.quantization.grid import CLIP_RATIOS, SCRATCH_ELEMENTS
 from marlin_gptq.quantization.weight import columns_per_group
 
@@ -89,11 +90,13 @@ class Plan:
     place         where activations wait between two blocks: device, host or disk.
     hessian_bytes of Hessians summed in one pass through a block; None is all of them. Less means more passes.
     rows          of a stacked weight solved at once; None is all of them.
+    pack_tokens   of samples that pass a block together, unless one alone has more; 0 is one sample at a time.
     """
 
     place: str = "device"
     hessian_bytes: int | None = None
     rows: int | None = None
+    pack_tokens: int = PACK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,8 @@ def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None
 
     spill  "none" keeps activations on the device, "host" and "disk" put them there, None decides.
     Gives up speed in this order: activations wait in host memory; weights are solved in pieces of rows; Hessians are
-    summed in several passes. InputError with the least that would do, if nothing fits.
+    summed in several passes; each step is tried with packs of samples, then with one sample at a time. InputError with
+    the least that would do, if nothing fits.
     """
     places = {"none": ["device"], "host": ["host"], "disk": ["disk"], None: ["device", "host"]}[spill]
     largest = max((x.in_features for block in outline.blocks for x in block.quantized), default=0) ** 2 * 4
@@ -196,6 +200,7 @@ def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None
     plans += [
         replace(frugal, rows=rows, hessian_bytes=size) for rows, size in ((2048, 2 * largest), (2048, 1), (512, 1))
     ]
+    plans = [replace(plan, pack_tokens=tokens) for plan in plans for tokens in (PACK_TOKENS, 0)]
     for plan in plans:
         if memory(outline, job, plan).device <= limit:
             return plan
@@ -262,7 +267,7 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     inner = max((x.in_features for x in block.linears), default=0)
     per_token = (FORWARD_HIDDEN * outline.hidden + FORWARD_INNER * widest) * job.compute_bytes
     per_token += inner * 4 if job.compute_bytes != 4 else 0  # inputs of a Hessian as float32
-    yield "forward", hessians + job.longest * per_token
+    yield "forward", hessians + max(job.longest, min(job.tokens, plan.pack_tokens)) * per_token
     for name, features in inputs:
         square = features * features * 4
         if job.tokens:

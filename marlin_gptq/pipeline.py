@@ -128,7 +128,8 @@ def quantize_model(
         loops = _loops(linears, config, target, device, team)
     if work is not None:
         work.require_space(size, output)
-        shared = {"rows at once": plan.rows, "processes": team.size, "inner loops": loops}
+        shared: dict[str, Any] = {"rows at once": plan.rows, "packs of tokens": plan.pack_tokens}
+        shared |= {"processes": team.size, "inner loops": loops}
         work.begin(_facts(model_dir, config, target, shard_size, device) | shared, samples)
     disk = work.directory if work else output.absolute().parent
     run = BlockRun(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team, costs)

@@ -174,6 +174,18 @@ def test_plans_give_up_speed_in_their_order(tmp_path: Path) -> None:
         plan_within(found, job, 10**9, "none")
 
 
+def test_samples_pass_alone_where_a_pack_would_not_fit(tmp_path: Path) -> None:
+    """In a flat model with short samples the forward is the peak: packs of 4096 tokens are given up before rows."""
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 1, "num_attention_heads": 2}
+    found = outline(config_only(tmp_path / "model", **shape, vocab_size=96), QuantizationConfig(clip=False))
+    job = Job(64 * 128, 128, 4, 10**7, clip=False)
+    packed, alone = (memory(found, job, Plan("host", pack_tokens=tokens)) for tokens in (4096, 0))
+    assert packed.phase == "forward" and packed.device > alone.device
+    assert memory(found, replace(job, tokens=256), Plan("host")).device < packed.device, "no more than there is"
+    assert memory(found, replace(job, longest=4096), Plan("host", pack_tokens=0)).device == packed.device
+    assert plan_within(found, job, packed.device - 1, "host") == Plan("host", pack_tokens=0)
+
+
 def test_passes_hold_what_they_may() -> None:
     groups = [("a", 10), ("b", 10), ("c", 20), ("d", 10)]
     assert hessian_passes(groups, None) == [["a", "b", "c", "d"]]

@@ -169,7 +169,8 @@ def test_each_expert_sees_the_tokens_routed_to_it(tmp_path: Path) -> None:
         hook = block.mlp.experts.register_forward_pre_hook(lambda _, args: seen.append(args))
         order = stages(stream, 0, linears, samples[0])
         seen.clear()
-        found = collect_hessians(stream, 0, [group for groups in order for group in groups], linears, samples)
+        alone = [(sample, ()) for sample in samples]
+        found = collect_hessians(stream, 0, [group for groups in order for group in groups], linears, alone)
         hook.remove()
         assert [len(groups) for groups in order] == [1, 1, 4, 4]
         assert order[2][3] == ["model.layers.0.mlp.experts.3.w1", "model.layers.0.mlp.experts.3.w3"]

@@ -93,6 +93,17 @@ class Activations:
         else:
             self._held[position] = hidden
 
+    def joined(self, pack: range) -> Tensor:
+        """The tensors at these positions one behind the other, [1, ΣT, width]; of one position the tensor itself."""
+        tensors = [self[position] for position in pack]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
+
+    def put_joined(self, pack: range, hidden: Tensor) -> None:
+        """`put` for each of these positions, from what `joined` would give."""
+        lengths = [self.shapes[position][1] for position in pack]
+        for position, part in zip(pack, hidden.split(lengths, dim=1), strict=True):
+            self.put(position, part)
+
     def digest(self) -> str:
         """SHA-256 of all fingerprints: equal if and, but for deliberate collisions, only if all tensors are."""
         assert self.tracked

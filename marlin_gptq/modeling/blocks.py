@@ -9,8 +9,9 @@ block.
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,23 @@ from marlin_gptq.modeling.architecture import (
 from marlin_gptq.modeling.experts import file_name, fused_source, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.modeling.read_ahead import ReadAhead, Source, read
+from marlin_gptq.modeling.packed import (
+    PROBE_LENGTHS,
+    Arguments,
+    joined_arguments,
+    kind_of,
+    make_of,
+    mistake,
+    packs_of,
+    within_samples,
+)
 
+logger = logging.getLogger(__name__)
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
-
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Most memory for positions and masks that are kept from one pass of the samples to the next: rotary tables of 256
-# documents of 1000 tokens, say. What does not fit is computed again each time.
-_REMEMBERED_BYTES = 1 << 27
+# documents of 2000 tokens, say. What does not fit is computed again each time.
+_REMEMBERED_BYTES = 1 << 28
 
 
 # Not cuDNN's: it plans anew for every length, 30 ms each on an H200, and documents have all lengths.
@@ -121,8 +131,13 @@ class BlockStream:
         self._asides = [_Aside(block) for block in self._blocks]
         for index, aside in enumerate(self._asides):
             real[index] = aside
-        self._remembered: dict[tuple[int, ...], list[_Arguments]] = {}
+        self._remembered: dict[tuple[int, ...], list[Arguments]] = {}
         self._remembered_bytes = 0
+        # Of arguments of each length, for each block: what samples must have in common to share a pass.
+        self._kinds: dict[int, list[Hashable | None]] = {}
+        # Of blocks tried: what goes wrong when samples share a pass.
+        self._mistakes: dict[Hashable, str | None] = {}
+        self._told_alone = False
         self._tied = self._tied_names()
         self._ahead = ReadAhead(self.store, device)
         self._require_complete()
@@ -184,17 +199,79 @@ class BlockStream:
         self._ahead.close()
 
     @torch.no_grad()
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """hidden [B, T, hidden_size] through block `index`, which must have been entered."""
+    def run(self, index: int, hidden: Tensor, lengths: Sequence[int] = ()) -> Tensor:
+        """hidden [B, T, hidden_size] through block `index`, which must have been entered.
+
+        lengths  of the samples that hidden [1, ΣT, hidden_size] is a pack of, see `packs`; fewer than two are none.
+        """
         block = self._blocks[index]
         if self._places[index] is not block:
             raise RuntimeError(f"block {index} is not loaded: call run inside `with stream.block({index})`")
-        args, kwargs = self._arguments(index, hidden)
         with sdpa_kernel(_ATTENTION):
-            output = block(hidden, *args, **kwargs)
+            if len(lengths) < 2:
+                args, kwargs = self._arguments(index, hidden)
+                output = block(hidden, *args, **kwargs)
+            else:
+                parts = hidden.split(list(lengths), dim=1)
+                args, kwargs = joined_arguments([self._arguments(index, part) for part in parts])
+                with within_samples(block, lengths):
+                    output = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def _arguments(self, index: int, hidden: Tensor) -> _Arguments:
+    @torch.no_grad()
+    def packs(self, index: int, shapes: Sequence[tuple[int, int]], tokens: int) -> list[range]:
+        """Positions of the samples, of (B, T) each, that may pass block `index` together; it must have been entered.
+
+        tokens  of a pack at most, unless one sample has more; 0 leaves every sample alone.
+
+        Alone stay batches, samples that the model hands a mask or anything else that is not understood, and all samples
+        where a trial finds a mistake; the log says so, once. To be called where nothing watches the block's linears:
+        the trial passes NaN through them.
+        """
+        alone = [range(position, position + 1) for position in range(len(shapes))]
+        if tokens <= 0 or len(shapes) < 2:
+            return alone
+        kinds = [self._kind(index, length) if batch == 1 else None for batch, length in shapes]
+        packs = packs_of([batch * length for batch, length in shapes], kinds, tokens)
+        wrong = self._mistake(index) if len(packs) < len(shapes) else None
+        lonely = [length for (batch, length), kind in zip(shapes, kinds, strict=True) if batch == 1 and kind is None]
+        if wrong is not None:
+            self._tell_alone(index, wrong)
+        elif lonely:
+            self._tell_alone(index, f"samples of {min(lonely)} tokens come with a mask or the like (a sliding window?)")
+        return packs if wrong is None else alone
+
+    def _tell_alone(self, index: int, reason: str) -> None:
+        if not self._told_alone:
+            self._told_alone = True
+            logger.warning(
+                "%s: %s; calibration samples that cannot share a pass go through one at a time, which takes longer",
+                self.block_name(index),
+                reason,
+            )
+
+    def _kind(self, index: int, length: int) -> Hashable | None:
+        """What samples of this length must have in common with others to share a pass, None if they cannot."""
+        if length not in self._kinds:
+            shape = (1, length, self.config.hidden_size)
+            self._arguments(index, torch.zeros(shape, dtype=self.dtype, device=self.device))
+        return self._kinds[length][index]
+
+    def _mistake(self, index: int) -> str | None:
+        """What goes wrong when samples share a pass through block `index`; tried once for all blocks of its make."""
+        kinds = {self._kind(index, length) for length in PROBE_LENGTHS}
+        if len(kinds) > 1 or None in kinds:
+            return "what the model hands it beside hidden states is not understood"
+        make = make_of(self._blocks[index]), kinds.pop()
+        if make not in self._mistakes:
+            self._mistakes[make] = mistake(
+                lambda hidden, lengths: self.run(index, hidden.to(self.device), lengths),
+                self.config.hidden_size,
+                self.dtype,
+            )
+        return self._mistakes[make]
+
+    def _arguments(self, index: int, hidden: Tensor) -> Arguments:
         """What the model's own forward hands block `index` beside hidden states of this shape.
 
         One forward in which all blocks stand aside tells it for every block; it does not depend on the hidden states'
@@ -215,6 +292,8 @@ class BlockStream:
             self._places[index] = place
             for aside in self._asides:
                 aside.__dict__.update(recording=False, asked=None)
+        if shape[0] == 1 and shape[1] not in self._kinds:
+            self._kinds[shape[1]] = [kind_of(asked, shape[1]) for asked in arguments]
         size = _tensor_bytes(arguments)
         if self._remembered_bytes + size <= _REMEMBERED_BYTES:
             self._remembered[shape] = arguments

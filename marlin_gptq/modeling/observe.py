@@ -14,6 +14,8 @@ from marlin_gptq.modeling.experts import Experts, expert_lists
 from marlin_gptq.quantization.hessian import Cross, Hessian
 
 Groups = list[list[str]]
+# Hidden states [B, T, hidden_size] and, of a pack, the lengths of its samples: as `BlockStream.run` takes them.
+Samples = Iterable[tuple[Tensor, tuple[int, ...]]]
 AddUp = Callable[[Iterable[Hessian | Cross]], None]
 
 
@@ -78,14 +80,14 @@ def collect_hessians(
     index: int,
     groups: Groups,
     linears: dict[str, nn.Linear],
-    hidden: Iterable[Tensor],
+    hidden: Samples,
     add_up: AddUp = lambda _: None,
     token_cap: float = 0.0,
 ) -> Calibrated:
     """Run all samples through the block and sum one Hessian per group.
 
     add_up     sums Hessians over the processes of a run, each of which has samples of its own.
-    token_cap  limits the weight of a token, see `Hessian.add`.
+    token_cap  limits the weight of a token by the median over its sample, see `Hessian.add`: not for packs.
 
     An expert that fewer tokens reached than it has input features has a singular Hessian, or none. A second pass then
     takes all tokens of its layer through it, and they fill the Hessian up to as many tokens as there are features.
@@ -107,7 +109,7 @@ def _fill_up(
     index: int,
     starved: dict[str, tuple[Experts, int, bool]],
     found: Calibrated,
-    hidden: Iterable[Tensor],
+    hidden: Samples,
     add_up: AddUp,
     token_cap: float,
 ) -> None:
@@ -138,10 +140,10 @@ def _summing(
     return lambda _, args: hessian.add(args[0] if image is None else image(args[0]), token_cap)
 
 
-def _pass(stream: BlockStream, index: int, hidden: Iterable[Tensor], hooks: list) -> None:
+def _pass(stream: BlockStream, index: int, hidden: Samples, hooks: list) -> None:
     try:
-        for sample in hidden:
-            stream.run(index, sample.to(stream.device))
+        for sample, lengths in hidden:
+            stream.run(index, sample.to(stream.device), lengths)
     finally:
         for hook in hooks:
             hook.remove()
@@ -176,14 +178,14 @@ def collect_cross(
     groups: Groups,
     linears: dict[str, nn.Linear],
     originals: dict[str, Tensor],
-    hidden: Iterable[Tensor],
-    full: Iterable[Tensor],
+    hidden: Samples,
+    full: Samples,
     add_up: AddUp = lambda _: None,
     token_cap: float = 0.0,
 ) -> dict[str, Cross]:
     """For each group, keyed by its first linear, how its inputs differ from those of the full-precision model.
 
-    hidden, full  the block's inputs after quantized and after full-precision blocks, sample by sample.
+    hidden, full  the block's inputs after quantized and after full-precision blocks, the same samples at a time.
     originals     the block's weights before any of it was quantized.
     add_up, token_cap  as of `collect_hessians`.
     """
@@ -195,11 +197,11 @@ def collect_cross(
 
     hooks = [linears[name].register_forward_pre_hook(catch(name)) for name in crosses]
     try:
-        for arriving, exact in zip(hidden, full, strict=True):
+        for (arriving, lengths), (exact, _) in zip(hidden, full, strict=True):
             with full_precision(linears, originals):
-                stream.run(index, exact.to(stream.device))
+                stream.run(index, exact.to(stream.device), lengths)
             wanted = dict(caught)
-            stream.run(index, arriving.to(stream.device))
+            stream.run(index, arriving.to(stream.device), lengths)
             for name, cross in crosses.items():
                 cross.add(wanted[name], caught[name], token_cap)
     finally:
