@@ -35,8 +35,11 @@ Progress = Callable[[ProgressEvent], None]
 _TEACHER_BATCH = 8
 # One in so many windows of calibration text is kept aside to judge the result by.
 _JUDGED = 16
-# Text is written so many windows at a time, fewer if their keys and values would fill a quarter of the device.
-_WRITING_BATCH = 1024
+# Text is written so many windows at a time, fewer if their keys, values and logits would fill a quarter of the device:
+# a step of a small model takes as long for many windows as for few.
+_WRITING_BATCH = 2048
+# Tables of logits a step holds, in float32: the model's, their copy, probabilities, what is drawn from them.
+_LOGIT_TABLES = 4
 
 
 def tune_checkpoint(
@@ -156,6 +159,7 @@ def _written(
         heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
         head = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
         window = 2 * model.config.num_hidden_layers * heads * head * length * model.dtype.itemsize
+        window += _LOGIT_TABLES * 4 * model.config.vocab_size
         batch = max(1, min(batch, torch.cuda.mem_get_info(device)[0] // 4 // window))
     return written_by_model(
         model, samples, count=count, length=length, batch=batch, seed=seed, progress=tell("write text")
