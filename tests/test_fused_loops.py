@@ -290,7 +290,8 @@ def test_loops_that_compute_something_else_are_not_used() -> None:
     assert "0% of refitted scales" in str(trial(refit_group=lambda *_: None))
     assert "of refined codes)" in str(trial(descend_columns=lambda *_: None))
     exact = descent.refit_group
-    assert "disagree" in str(trial(refit_group=lambda *six: (exact(*six), six[4].zero_())))
+    for wrong in (0, torch.nan):
+        assert "disagree" in str(trial(refit_group=lambda *six, to=wrong: (exact(*six), six[4].fill_(to))))
 
 
 @pytest.mark.gpu

@@ -102,7 +102,8 @@ def columns(
     tl.store(errors + place, pushed, mask=mine)
 
 
-@triton.jit(do_not_specialize=["rows"])
+# Scales of a group begin wherever the group before them ends: one kernel for any alignment.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["scales", "found"])
 def refit(
     gradient, codes, scales, found, moves, square, rows, tiny, largest,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr = 32,
