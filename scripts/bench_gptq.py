@@ -1,18 +1,21 @@
-"""Time GPTQ's inner loops, plain torch against fused GPU kernels, on the linears of one Llama-2-7B block.
+"""Time GPTQ's inner loops, plain torch against fused GPU kernels, on the linears of one block.
 
     python scripts/bench_gptq.py                    # needs an NVIDIA GPU and Triton
     python scripts/bench_gptq.py --group-size 64 --dtype bfloat16 --repeats 5
+    python scripts/bench_gptq.py --sweeps 2 --block small-llama    # the refinement after the pass instead of the pass
 
-Each row: milliseconds of `gptq_quantize` (best of the repeats, after one that warms up), memory at the peak above what
-stood before, the share of scales and codes that are equal, and the loss tr((W − Q)·H·(W − Q)ᵀ) of the fused result over
-that of plain torch. Weights are random, Hessians those of correlated random inputs; linears that share an input are
-one stacked weight, as in a run.
+Each row: milliseconds of `gptq_quantize`, or of so many sweeps of `refine` over one result of it (best of the repeats,
+after one that warms up), memory at the peak above what stood before, the share of scales and codes that are equal, and
+the loss tr((W − Q)·H·(W − Q)ᵀ) of the fused result over that of plain torch. Weights are random, Hessians those of
+correlated random inputs; linears that share an input are one stacked weight, as in a run.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,9 +24,14 @@ from torch import Tensor
 from marlin_gptq.quantization.gptq import gptq_quantize
 from marlin_gptq.quantization.hessian import damp, factor
 from marlin_gptq.quantization.loops import inner_loops, set_fused
+from marlin_gptq.quantization.refine import refine
 from marlin_gptq.quantization.weight import QuantizedWeight
 
-SHAPES = {"q, k, v": (12288, 4096), "o": (4096, 4096), "gate, up": (22016, 4096), "down": (4096, 11008)}
+# (rows, columns) of a block's linears, those of one input stacked.
+BLOCKS = {
+    "llama-2-7b": {"q, k, v": (12288, 4096), "o": (4096, 4096), "gate, up": (22016, 4096), "down": (4096, 11008)},
+    "small-llama": {"q, k, v": (1024, 512), "o": (512, 512), "gate, up": (3072, 512), "down": (512, 1536)},
+}
 
 
 class Timed(NamedTuple):
@@ -39,16 +47,19 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128, choices=[128, 64, 32, -1])
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"], help="of the scales")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--block", default="llama-2-7b", choices=list(BLOCKS), help="whose shapes")
+    parser.add_argument("--sweeps", type=int, default=0, help="of the refinement to time; 0 times the pass")
     options = parser.parse_args()
     dtype, device = getattr(torch, options.dtype), torch.device("cuda")
     print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, group size {options.group_size}, {options.dtype}"
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, group size {options.group_size}, {options.dtype}, "
+        f"{options.block}, {f'{options.sweeps} sweeps of refinement' if options.sweeps else 'the pass'}"
     )
     print(
         "| linear | rows x columns | torch, ms | fused, ms | x | peak, torch, MB | fused, MB | scales | codes | loss |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for name, (rows, features) in SHAPES.items():
+    for name, (rows, features) in BLOCKS[options.block].items():
         generator = torch.Generator(device).manual_seed(features)
         hessian = random_hessian(features, generator)
         upper, damped = factor(hessian, 0.1).upper, damp(hessian, 0.1)
@@ -57,10 +68,13 @@ def main() -> None:
         loops = inner_loops(device, options.group_size if options.group_size > 0 else features, 128, dtype)
         if loops.name == "torch":
             raise SystemExit("the fused loops do not run here: they need an NVIDIA GPU (8.0 or newer) and Triton")
+        work = partial(gptq_quantize, weight, upper, **settings)
+        if options.sweeps:
+            work = partial(refine, weight, work(), damped, sweeps=options.sweeps)
         timed = {}
         for fused in (False, True):
             set_fused(fused)
-            timed[fused] = measured(weight, upper, settings, options.repeats)
+            timed[fused] = measured(work, options.repeats)
         plain, found = timed[False], timed[True]
         scales, codes = (
             float((getattr(plain.result, part) == getattr(found.result, part)).float().mean())
@@ -85,14 +99,14 @@ def random_hessian(features: int, generator: torch.Generator) -> Tensor:
     return 2 * inputs.t() @ inputs / len(inputs)
 
 
-def measured(weight: Tensor, upper: Tensor, settings: dict, repeats: int) -> Timed:
-    result = gptq_quantize(weight, upper, **settings)
+def measured(work: Callable[[], QuantizedWeight], repeats: int) -> Timed:
+    result = work()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before, best = torch.cuda.memory_allocated(), float("inf")
     for _ in range(repeats):
         started = time.perf_counter()
-        gptq_quantize(weight, upper, **settings)
+        work()
         torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     return Timed(result, best, torch.cuda.max_memory_allocated() - before)

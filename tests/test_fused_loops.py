@@ -6,29 +6,25 @@ before Triton is imported, hence in a process of its own.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import tritons_interpreter
 from click.testing import CliRunner
 from helpers import random_hessian, random_samples, random_weight, save_tiny_model
 from torch import Tensor
+from tritons_interpreter import INTERPRETED
 
 from marlin_gptq import InputError, QuantizationConfig, pipeline, quantize_model
 from marlin_gptq.cli.quantize import main
 from marlin_gptq.quantization import columns as plain
-from marlin_gptq.quantization import fused, gptq, grid, loops
+from marlin_gptq.quantization import descent, fused, gptq, grid, loops
 from marlin_gptq.quantization.gptq import gptq_quantize
 from marlin_gptq.quantization.hessian import damp, factor
 from marlin_gptq.quantization.weight import QuantizedWeight, round_to_codes
 from marlin_gptq.work_directory import WorkDirectory
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -44,19 +40,13 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "_enabled", True)
     if INTERPRETED:  # each candidate costs the interpreter as much time as it costs a GPU none
         monkeypatch.setattr(grid, "CLIP_RATIOS", grid.CLIP_RATIOS[::15])
+        tritons_interpreter.repair(monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_the_kernels_in_tritons_interpreter(repository: Path) -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton (it comes with torch's CUDA builds for Linux)")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", "-k", "cpu", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=repository, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    tritons_interpreter.run(__file__, repository)
 
 
 # ---- each kernel against its twin
@@ -249,6 +239,9 @@ def test_plain_torch_runs_wherever_something_is_missing(monkeypatch: pytest.Monk
     assert loops.inner_loops(CUDA, 128, 128, torch.float16).best_scales is fused.best_scales
     assert loops.inner_loops(CUDA, 4096, 128, torch.float16).best_scales is grid.best_scales
     assert loops.inner_loops(CUDA, 4096, 128, torch.float16).push_errors is fused.push_errors
+    assert loops.inner_loops(CUDA, 128, 128, torch.float16).refit_group is fused.refit_group
+    assert loops.inner_loops(CUDA, 4096, 128, torch.float16).refit_group is descent.refit_group
+    assert loops.inner_loops(CUDA, 4096, 128, torch.float16).descend_columns is fused.descend_columns
     assert loops.inner_loops(torch.device("cpu"), 128, 128, torch.float16) is loops.PLAIN
     assert loops.inner_loops(CUDA, 128, 256, torch.float16) is loops.PLAIN
     loops.set_fused(False)
@@ -294,6 +287,11 @@ def test_loops_that_compute_something_else_are_not_used() -> None:
     assert "disagree" in str(trial(quantize_columns=lambda *_: None))
     assert "disagree" in str(trial(push_errors=lambda *_: None))
     assert "disagree" in str(trial(push_errors=lambda rest, *_: rest.fill_(torch.nan)))
+    assert "0% of refitted scales" in str(trial(refit_group=lambda *_: None))
+    assert "of refined codes)" in str(trial(descend_columns=lambda *_: None))
+    exact = descent.refit_group
+    for wrong in (0, torch.nan):
+        assert "disagree" in str(trial(refit_group=lambda *six, to=wrong: (exact(*six), six[4].fill_(to))))
 
 
 @pytest.mark.gpu

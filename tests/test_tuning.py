@@ -126,6 +126,28 @@ def test_written_text_follows_the_models_distribution(tmp_path: Path) -> None:
     assert any(whole[i : i + 16] == prompt for i in range(len(whole)))
 
 
+@pytest.mark.parametrize(("count", "batch"), [(6, 6), (5, 2)])
+def test_written_text_is_drawn_token_by_token(tmp_path: Path, count: int, batch: int) -> None:
+    """The same draws from whole forward passes, without any cache."""
+    model = AutoModelForCausalLM.from_pretrained(
+        save_tiny_model(tmp_path / "source", initializer_range=0.3), dtype=torch.float32
+    ).eval()
+    told: list[tuple[int, int]] = []
+    written = written_by_model(
+        model, random_samples(5), count=count, length=24, batch=batch, seed=3, progress=lambda *done: told.append(done)
+    )
+    assert told == [(min(first + batch, count), count) for first in range(0, count, batch)]
+    generator = torch.Generator().manual_seed(3)
+    for part in written.split(batch):
+        ids = part[:, :16]
+        for _ in range(8):
+            with torch.no_grad():
+                probabilities = torch.softmax(model(ids).logits[:, -1], dim=-1)
+            ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
+        assert torch.equal(ids, part)
+    assert len(set(written[:, 16:].flatten().tolist())) > 8
+
+
 # The loop
 
 

@@ -33,7 +33,6 @@ from marlin_gptq.modeling.architecture import (
 )
 from marlin_gptq.modeling.experts import file_name, fused_source, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
-from marlin_gptq.modeling.read_ahead import ReadAhead, Source, read
 from marlin_gptq.modeling.packed import (
     PROBE_LENGTHS,
     Arguments,
@@ -44,6 +43,7 @@ from marlin_gptq.modeling.packed import (
     packs_of,
     within_samples,
 )
+from marlin_gptq.modeling.read_ahead import ReadAhead, Source, read
 
 logger = logging.getLogger(__name__)
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None

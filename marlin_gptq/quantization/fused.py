@@ -1,12 +1,14 @@
-"""GPTQ's inner loops as one GPU launch each: without them thousands of small launches rule the time.
+"""The inner loops of GPTQ and of the refinement as one GPU launch each: else thousands of small ones rule the time.
 
-`best_scales` (twin in `grid.py`), `quantize_columns` and `push_errors` (twins in `columns.py`) take and give the same
-tensors as their twins in plain torch, written in Triton (`fused_kernels.py`). `loops.py` decides where they run.
+`best_scales` (twin in `grid.py`), `quantize_columns` and `push_errors` (twins in `columns.py`), `refit_group` and
+`descend_columns` (twins in `descent.py`) take and give the same tensors as their twins in plain torch, written in
+Triton (`fused_kernels.py`). `loops.py` decides where they run.
 
 What differs from the twins is the rounding of float32 sums, nothing else:
-- `best_scales` and `push_errors` multiply on tensor cores, each float32 factor as two TF32 parts and three products
-  ("tf32x3", about 2⁻²¹ relative), and add up in another order than the library that torch calls;
-- `quantize_columns` subtracts error·U with one rounding (a fused multiply-add) where torch may round the product too.
+- `best_scales`, `push_errors` and `refit_group` multiply on tensor cores, each float32 factor as two TF32 parts and
+  three products ("tf32x3", about 2⁻²¹ relative), and add up in another order than the library that torch calls;
+- `quantize_columns` and `descend_columns` subtract error·U and move·H with one rounding (a fused multiply-add) where
+  torch may round the product too.
 Quotients, codes and stored scales are rounded exactly as in the twins. A weight that lies midway between two codes, or
 a row with two scales of nearly equal error, may so fall the other way, and what comes after it in the row follows.
 
@@ -25,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Columns of a group that `best_scales` takes: powers of two whose square of U⁻¹ fits into shared memory.
+# Columns of a group that `best_scales` and `refit_group` take: powers of two whose square fits into shared
+# memory.
 GROUP_WIDTHS = (32, 64, 128)
-# Columns of a block that `quantize_columns` takes at most: what a program's rows hold in registers.
+# Columns of a block that `quantize_columns` and `descend_columns` take at most: what a program's rows hold in
+# registers.
 BLOCK_WIDTH = 128
 
 
@@ -52,8 +56,8 @@ def best_scales(weight: Tensor, whitener: Tensor, scales: Tensor) -> Tensor:
     step, warps = (width, 4) if _capability(weight.device)[0] == 9 else (16, 8)
     _launch(
         kernels.search, (rows, kernels.SEARCH_ROWS), weight.device,
-        columns, whitener.contiguous(), candidates, found, rows,
-        COUNT=candidates.shape[0], WIDTH=width, STEP=step, ROWS=kernels.SEARCH_ROWS, num_warps=warps,
+        columns, whitener.contiguous(), candidates, found, rows, candidates.shape[0],
+        WIDTH=width, STEP=step, ROWS=kernels.SEARCH_ROWS, num_warps=warps,
     )  # fmt: skip
     return found.unsqueeze(1)
 
@@ -66,8 +70,8 @@ def quantize_columns(
     kernels = _kernels()
     _launch(
         kernels.columns, (rows, kernels.COLUMNS_ROWS), block.device,
-        block, codes, errors, upper.contiguous(), steps.contiguous(), rows, width, first,
-        COUNT=last - first, OWN_STEPS=steps.dim() == 2, WIDTH=BLOCK_WIDTH, ROWS=kernels.COLUMNS_ROWS, num_warps=4,
+        block, codes, errors, upper.contiguous(), steps.contiguous(), rows, width, first, last - first,
+        OWN_STEPS=steps.dim() == 2, WIDTH=BLOCK_WIDTH, ROWS=kernels.COLUMNS_ROWS, num_warps=4,
     )  # fmt: skip
 
 
@@ -77,8 +81,40 @@ def push_errors(rest: Tensor, errors: Tensor, upper: Tensor) -> None:
     kernels = _kernels()
     _launch(
         kernels.push, (rows, kernels.PUSH_ROWS, later, kernels.PUSH_COLUMNS), rest.device,
-        rest, errors, upper.contiguous(), rows, later, rest.stride(0),
-        WIDTH=width, ROWS=kernels.PUSH_ROWS, COLUMNS=kernels.PUSH_COLUMNS, num_warps=8,
+        rest, errors, upper.contiguous(), rows, later, rest.stride(0), width,
+        ROWS=kernels.PUSH_ROWS, COLUMNS=kernels.PUSH_COLUMNS, num_warps=8,
+    )  # fmt: skip
+
+
+def refit_group(gradient: Tensor, codes: Tensor, scales: Tensor, found: Tensor, moves: Tensor, square: Tensor) -> None:
+    """As `descent.refit_group`, for a group of one of GROUP_WIDTHS columns, in one launch."""
+    width, rows = gradient.shape
+    kernels, limits = _kernels(), torch.finfo(scales.dtype)
+    _launch(
+        kernels.refit, (rows, kernels.REFIT_ROWS), gradient.device,
+        gradient, codes, scales, found, moves, square.contiguous(), rows, limits.tiny, limits.max,
+        WIDTH=width, ROWS=kernels.REFIT_ROWS, num_warps=8,
+    )  # fmt: skip
+
+
+def descend_columns(
+    gradient: Tensor,
+    codes: Tensor,
+    found: Tensor,
+    moves: Tensor,
+    square: Tensor,
+    reach: Tensor,
+    scales: Tensor,
+    start: int,
+    columns: int,
+) -> None:
+    """As `descent.descend_columns`, for a block of at most BLOCK_WIDTH columns, in one launch; leaves the gradient."""
+    width, rows = gradient.shape
+    kernels = _kernels()
+    _launch(
+        kernels.descend, (rows, kernels.DESCEND_ROWS), gradient.device,
+        gradient, codes, found, moves, square.contiguous(), reach.contiguous(), scales, rows, width, start, columns,
+        WIDTH=BLOCK_WIDTH, ROWS=kernels.DESCEND_ROWS, num_warps=4,
     )  # fmt: skip
 
 

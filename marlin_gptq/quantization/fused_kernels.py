@@ -2,7 +2,10 @@
 
 Blocks and groups lie with a column contiguous ([columns, rows]), so that neighbouring lanes, which hold neighbouring
 rows, read neighbouring addresses. The number of rows is never specialized on: one compiled kernel serves every piece of
-a weight, which keeps a row's bits the same in all of them.
+a weight, which keeps a row's bits the same in all of them. Nor are counts of columns and candidates: what the trial of
+`loops.py` has compiled is what a run runs.
+
+No kernel writes what it reads row by row: several lanes may hold one row, and one would read what another has written.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ import triton
 import triton.language as tl
 
 # Rows of a program: enough programs for every multiprocessor of a 4096-row weight, enough rows for a warp's lanes and
-# (search) for one tensor-core tile.
-COLUMNS_ROWS, SEARCH_ROWS = 32, 64
+# (search, refit) for one tensor-core tile.
+COLUMNS_ROWS, SEARCH_ROWS, REFIT_ROWS, DESCEND_ROWS = 32, 64, 64, 32
 # Tile of the trailing update.
 PUSH_ROWS, PUSH_COLUMNS = 128, 128
 
@@ -22,16 +25,17 @@ _HALF_EVEN = tl.constexpr(12582912.0)  # 1.5·2²³: adding and taking it away r
 @triton.jit
 def _nearest(weight, step):
     """round(weight / step) held in −8 … 7: the code less 8, as `weight.round_to_codes` finds it."""
-    level = tl.minimum(tl.maximum(tl.div_rn(weight, step), -8.0), 7.0)
-    return (level + _HALF_EVEN) - _HALF_EVEN
+    return _nearest_level(tl.div_rn(weight, step))
 
 
-@triton.jit(do_not_specialize=["rows"])
-def search(
-    weights, whitener, scales, found, rows,
-    COUNT: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """weights [WIDTH, rows], whitener [WIDTH, WIDTH], scales [COUNT, rows] → found [rows].
+@triton.jit
+def _nearest_level(level):
+    return (tl.minimum(tl.maximum(level, -8.0), 7.0) + _HALF_EVEN) - _HALF_EVEN
+
+
+@triton.jit(do_not_specialize=["rows", "count"])
+def search(weights, whitener, scales, found, rows, count, WIDTH: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr):
+    """weights [WIDTH, rows], whitener [WIDTH, WIDTH], scales [count, rows] → found [rows].
 
     With STEP = WIDTH weights stay in registers and both parts of the whitener in shared memory; a smaller STEP takes
     as many columns at a time from the caches, which needs neither of them.
@@ -44,7 +48,7 @@ def search(
     square = tl.load(whitener + inner[:, None] * WIDTH + column[None, :])
     least = tl.full((ROWS,), float("inf"), dtype=tl.float32)
     best = tl.load(scales + row, mask=inside, other=1.0).to(tl.float32)
-    for candidate in range(COUNT):
+    for candidate in range(count):
         scale = tl.load(scales + candidate * rows + row, mask=inside, other=1.0).to(tl.float32)
         if STEP == WIDTH:
             difference = _nearest(weight, scale[:, None]) * scale[:, None] - weight
@@ -64,12 +68,12 @@ def search(
     tl.store(found + row, best.to(found.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "width", "first"])
+@triton.jit(do_not_specialize=["rows", "width", "first", "count"])
 def columns(
-    block, codes, errors, upper, steps, rows, width, first,
-    COUNT: tl.constexpr, OWN_STEPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    block, codes, errors, upper, steps, rows, width, first, count,
+    OWN_STEPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """COUNT columns from `first` on of block, codes, errors [width, rows]; upper [width, width].
+    """count columns from `first` on of block, codes, errors [width, rows]; upper [width, width].
 
     steps [rows], or [width, rows] with OWN_STEPS.
     """
@@ -80,7 +84,7 @@ def columns(
     weight = tl.load(block + place, mask=inside, other=0.0)
     levels = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
     pushed = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
-    for done in range(COUNT):
+    for done in range(count):
         c = first + done
         here = (column == c)[None, :]
         original = tl.sum(tl.where(here, weight, 0.0), axis=1)
@@ -92,34 +96,95 @@ def columns(
         weight -= error[:, None] * tl.load(upper + c * width + column, mask=behind, other=0.0)[None, :]
         levels = tl.where(here, level[:, None], levels)
         pushed = tl.where(here, error[:, None], pushed)
-    mine = inside & ((column >= first) & (column < first + COUNT))[None, :]
+    mine = inside & ((column >= first) & (column < first + count))[None, :]
     tl.store(block + place, weight, mask=inside)
     tl.store(codes + place, (levels + 8.0).to(tl.uint8), mask=mine)
     tl.store(errors + place, pushed, mask=mine)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def push(
-    rest, errors, upper, rows, later, rest_stride,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr = 32,
+# Scales of a group begin wherever the group before them ends: one kernel for any alignment.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["scales", "found"])
+def refit(
+    gradient, codes, scales, found, moves, square, rows, tiny, largest,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr = 32,
 ):  # fmt: skip
-    """rest [rows, later] −= errors [WIDTH, rows] transposed · upper [WIDTH, later]."""
+    """gradient, codes, moves [WIDTH, rows], scales and found [rows], square [WIDTH, WIDTH].
+
+    tiny, largest: the range of sizes that the stored dtype of scales has.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    inside = row < rows
+    place = column[None, :] * rows + row[:, None]
+    level = tl.load(codes + place, mask=inside[:, None], other=8).to(tl.float32) - 8.0
+    slope = tl.sum(level * tl.load(gradient + place, mask=inside[:, None], other=0.0), axis=1)
+    image = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    for start in range(0, WIDTH, STEP):
+        inner = start + tl.arange(0, STEP)
+        part = tl.load(codes + inner[None, :] * rows + row[:, None], mask=inside[:, None], other=8)
+        factor = tl.load(square + inner[:, None] * WIDTH + column[None, :])
+        image = tl.dot(part.to(tl.float32) - 8.0, factor, image, input_precision="tf32x3")
+    curvature = tl.sum(image * level, axis=1)
+    old = tl.load(scales + row, mask=inside, other=1.0).to(tl.float32)
+    bent = curvature > 0
+    best = old + tl.where(bent, tl.div_rn(slope, tl.where(bent, curvature, 1.0)), 0.0)
+    # As `grid.stored_scale`.
+    size = tl.minimum(tl.maximum(tl.where(best == 0, 1.0, tl.abs(best)), tiny), largest)
+    new = tl.where(best < 0, -size, size).to(found.dtype.element_ty).to(tl.float32)
+    step = new - old
+    lower = step * step * curvature - 2 * step * slope < 0
+    tl.store(found + row, tl.where(lower, new, old).to(found.dtype.element_ty), mask=inside)
+    tl.store(moves + place, tl.where(lower, step, 0.0)[:, None] * level, mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "width", "start", "columns"])
+def descend(
+    gradient, codes, found, moves, square, reach, scales, rows, width, start, columns,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """gradient, codes, found, moves [width, rows], square [width, width], reach [width], scales [groups, rows]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    here = row < rows
+    slopes = tl.load(
+        gradient + column[None, :] * rows + row[:, None], mask=here[:, None] & (column < width)[None, :], other=0.0
+    )
+    for c in range(width):
+        slope = tl.sum(tl.where((column == c)[None, :], slopes, 0.0), axis=1)
+        scale = tl.load(scales + (start + c) // columns * rows + row, mask=here, other=1.0).to(tl.float32)
+        old = tl.load(codes + c * rows + row, mask=here, other=8).to(tl.float32) - 8.0
+        new = _nearest_level(old + tl.div_rn(slope * tl.load(reach + c), scale))
+        move = (new - old) * scale
+        slopes -= move[:, None] * tl.load(square + c * width + column, mask=column < width, other=0.0)[None, :]
+        tl.store(found + c * rows + row, (new + 8.0).to(tl.uint8), mask=here)
+        tl.store(moves + c * rows + row, move, mask=here)
+
+
+@triton.jit(do_not_specialize=["rows", "width"])
+def push(
+    rest, errors, upper, rows, later, rest_stride, width,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr = 32,
+):  # fmt: skip
+    """rest [rows, later] −= errors [width, rows] transposed · upper [width, later]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < later)[None, :]
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in range(0, WIDTH, STEP):
-        inner = start + tl.arange(0, STEP)
-        left = inner < WIDTH
+    for start in range(0, width, STEP):
+        inner = tl.arange(0, STEP)
+        left = inner < width - start
+        # More than 2³¹ elements are possible: what is far is counted in 64 bits.
+        far = tl.cast(start, tl.int64)
         error = tl.load(
-            errors + inner[None, :] * rows + row[:, None], mask=(row < rows)[:, None] & left[None, :], other=0.0
+            errors + far * rows + (inner[None, :] * rows + row[:, None]),
+            mask=(row < rows)[:, None] & left[None, :],
+            other=0.0,
         )
         factor = tl.load(
-            upper + inner[:, None] * later + column[None, :],
+            upper + far * later + (inner[:, None] * later + column[None, :]),
             mask=left[:, None] & (column < later)[None, :],
             other=0.0,
         )
         total = tl.dot(error, factor, total, input_precision="tf32x3")
-    # More than 2³¹ elements are possible: a row begins at a 64-bit offset.
     place = rest + row.to(tl.int64)[:, None] * rest_stride + column[None, :]
     tl.store(place, tl.load(place, mask=inside, other=0.0) - total, mask=inside)

@@ -1,4 +1,6 @@
-"""Which inner loops GPTQ runs, fused GPU kernels (`fused.py`) or plain torch (`grid.py`, `columns.py`): decided here.
+"""Which inner loops GPTQ and the refinement run: decided here.
+
+They are fused GPU kernels (`fused.py`) or plain torch (`grid.py`, `columns.py`, `descent.py`).
 
 Fused are they where the tensors are on an NVIDIA GPU of compute capability 8.0 or newer, Triton can be imported, nobody
 turned them off, and a small trial on that GPU has agreed with plain torch. Whatever goes wrong with Triton (its
@@ -16,21 +18,30 @@ import torch
 from torch import Tensor
 
 from marlin_gptq.quantization import columns as plain
-from marlin_gptq.quantization import fused, grid
+from marlin_gptq.quantization import descent, fused, grid
 
 logger = logging.getLogger(__name__)
 
 
 class Loops(NamedTuple):
-    """Three inner loops, and what they are called in logs."""
+    """The inner loops, and what they are called in logs."""
 
     name: str
     best_scales: Callable[[Tensor, Tensor, Tensor], Tensor]
     quantize_columns: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], None]
     push_errors: Callable[[Tensor, Tensor, Tensor], None]
+    refit_group: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    descend_columns: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, int], None]
 
 
-PLAIN = Loops("torch", grid.best_scales, plain.quantize_columns, plain.push_errors)
+PLAIN = Loops(
+    "torch",
+    grid.best_scales,
+    plain.quantize_columns,
+    plain.push_errors,
+    descent.refit_group,
+    descent.descend_columns,
+)
 
 _enabled = True
 _tried: dict[tuple[torch.device, int | None, torch.dtype], bool] = {}
@@ -45,8 +56,8 @@ def set_fused(on: bool) -> None:
 def inner_loops(device: torch.device, columns: int, block_size: int, dtype: torch.dtype) -> Loops:
     """The loops for weights on `device` with groups of `columns`, blocks of `block_size` and scales of `dtype`.
 
-    Groups wider than fused.GROUP_WIDTHS (whole rows) are searched in plain torch, as large matrix products, and only
-    their columns run fused.
+    Groups wider than fused.GROUP_WIDTHS (whole rows) have their scales found in plain torch, as large matrix products,
+    and only their columns run fused.
     """
     if not _enabled or device.type != "cuda" or block_size > fused.BLOCK_WIDTH or fused.triton_version() is None:
         return PLAIN
@@ -58,8 +69,9 @@ def inner_loops(device: torch.device, columns: int, block_size: int, dtype: torc
 
 
 def _fused(width: int | None) -> Loops:
-    search = grid.best_scales if width is None else fused.best_scales
-    return Loops(f"triton {fused.triton_version()}", search, fused.quantize_columns, fused.push_errors)
+    search, refit = (grid.best_scales, descent.refit_group) if width is None else (fused.best_scales, fused.refit_group)
+    name = f"triton {fused.triton_version()}"
+    return Loops(name, search, fused.quantize_columns, fused.push_errors, refit, fused.descend_columns)
 
 
 def _works(device: torch.device, width: int | None, dtype: torch.dtype) -> bool:
@@ -76,31 +88,67 @@ def _works(device: torch.device, width: int | None, dtype: torch.dtype) -> bool:
 
 def _trial(loops: Loops, device: torch.device, width: int, dtype: torch.dtype) -> str | None:
     """What speaks against these loops, from a small problem solved by them and by plain torch; None if nothing."""
+    try:
+        expected = _solved(PLAIN, device, width, dtype, None)
+        found = _solved(loops, device, width, dtype, expected)
+        same = {
+            name: float((found[name] == expected[name]).float().mean())
+            for name in expected
+            if expected[name].dtype != torch.float32
+        }
+        close = all(
+            float((found[name] - expected[name]).norm() / expected[name].norm()) < 0.1
+            for name in expected
+            if name not in same
+        )
+    except Exception as error:  # Triton raises what its compiler, ptxas, gcc and the file system do: no list holds it
+        lines = str(error).strip().splitlines()
+        return f"failed ({type(error).__name__}{': ' + lines[-1] if lines else ''})"
+    if min(same.values()) < 0.9 or not close:
+        shares = ", ".join(f"{share:.0%} of {name}" for name, share in same.items())
+        return f"disagree with it on this GPU (equal: {shares})"
+    return None
+
+
+def _solved(
+    loops: Loops, device: torch.device, width: int, dtype: torch.dtype, known: dict[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Each loop once over a small problem in groups of `width`; what a loop takes from another is that of `known`."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(70, 128, generator=generator).to(device)
     upper = (torch.eye(128) + 0.05 * torch.randn(128, 128, generator=generator).triu()).to(device)
     behind = torch.randn(128, 160, generator=generator).to(device)
     full = weight[:, :width].abs().amax(dim=1, keepdim=True) * (2 / 15)
     candidates = (full * torch.tensor(grid.CLIP_RATIOS, device=device)).to(dtype)
+    made: dict[str, Tensor] = {"scales": loops.best_scales(weight[:, :width], upper[:width, :width], candidates)}
+    known = made if known is None else known
 
-    def solve(these: Loops, scales: Tensor | None = None) -> tuple[Tensor, ...]:
-        found = these.best_scales(weight[:, :width], upper[:width, :width], candidates)
-        block, rest = weight.t().contiguous(), torch.zeros(70, 160, device=device)
-        codes, errors = torch.zeros_like(block, dtype=torch.uint8), torch.zeros_like(block)
-        steps = (found if scales is None else scales).squeeze(1)
-        for first in range(0, 128, width):
-            these.quantize_columns(block, codes, errors, upper, steps, first, first + width)
-        these.push_errors(rest, errors, behind)
-        return found, codes, rest
+    steps = known["scales"].squeeze(1)
+    made["codes"] = torch.zeros(128, 70, dtype=torch.uint8, device=device)
+    errors, rest = torch.zeros(128, 70, device=device), torch.zeros(70, 160, device=device)
+    block = weight.t().contiguous()
+    for first in range(0, 128, width):
+        loops.quantize_columns(block, made["codes"], errors, upper, steps, first, first + width)
+    own = torch.zeros_like(made["codes"])
+    loops.quantize_columns(
+        weight.neg().t().contiguous(), own, torch.zeros_like(errors), upper, steps.repeat(128, 1), 0, 128
+    )
+    made["codes of columns"] = own
+    loops.push_errors(rest, errors, behind)
+    made["rest"] = rest
 
-    try:
-        expected = solve(PLAIN)
-        found = solve(loops, expected[0])
-        same = [float((one == other).float().mean()) for one, other in zip(found[:2], expected[:2], strict=True)]
-        distance = float((found[2] - expected[2]).norm() / expected[2].norm())
-    except Exception as error:  # Triton raises what its compiler, ptxas, gcc and the file system do: no list holds it
-        lines = str(error).strip().splitlines()
-        return f"failed ({type(error).__name__}{': ' + lines[-1] if lines else ''})"
-    if min(same) < 0.9 or not distance < 0.1:
-        return f"disagree with it on this GPU (equal: {same[0]:.0%} of scales, {same[1]:.0%} of codes)"
-    return None
+    codes, hessian = known["codes"], upper.t() @ upper
+    scales = steps.repeat(128 // width, 1)
+    gradient = (hessian @ (weight.t() - (codes.float() - 8) * steps.float())).contiguous()
+    made["refitted scales"], moves = torch.zeros_like(scales), torch.zeros_like(gradient)
+    for group in range(len(scales)):
+        inside = slice(group * width, (group + 1) * width)
+        square = hessian[inside, inside]
+        refitted = made["refitted scales"][group]
+        loops.refit_group(gradient[inside], codes[inside], scales[group], refitted, moves[inside], square)
+    made["moves of scales"] = moves
+    made["refined codes"], moves = torch.zeros_like(codes), torch.zeros_like(gradient)
+    reach = 1 / hessian.diagonal()
+    loops.descend_columns(gradient, codes, made["refined codes"], moves, hessian, reach, scales, 0, width)
+    made["moves of codes"] = moves
+    return made

@@ -18,6 +18,7 @@ from marlin_gptq.costs import Costs
 from marlin_gptq.quantization.gptq import gptq_quantize
 from marlin_gptq.quantization.grid import clipped_scale
 from marlin_gptq.quantization.hessian import damp, factor
+from marlin_gptq.quantization.loops import inner_loops
 from marlin_gptq.quantization.order import column_order, group_order, inverse_order
 from marlin_gptq.quantization.refine import refine
 from marlin_gptq.quantization.target import corrected_target
@@ -108,7 +109,7 @@ def _solve(
         quantized = _gptq(weight, prepared, config, scale_dtype, scales)
     if config.refine_sweeps and damped is not None:
         with costs.measure("refine"):
-            quantized = refine(weight, quantized, damped, sweeps=config.refine_sweeps)
+            quantized = refine(weight, quantized, damped, sweeps=config.refine_sweeps, block_size=config.block_size)
     return quantized
 
 
@@ -147,6 +148,7 @@ def static_scales(
     """
     found = []
     columns = columns_per_group(weight.shape[1], group_size)
+    search = inner_loops(weight.device, columns, min(config.block_size, weight.shape[1]), dtype).best_scales
     for start in range(0, weight.shape[1], columns):
         inside = slice(start, start + columns)
         block = damped[inside, inside]
@@ -155,5 +157,9 @@ def static_scales(
             block = torch.linalg.inv(above.t() @ above)
             block = (block + block.t()) / 2
         whitener = torch.linalg.cholesky(block)
-        found.append(clipped_scale(weight[:, inside], block, dtype, signed=config.signed_scales, whitener=whitener))
+        found.append(
+            clipped_scale(
+                weight[:, inside], block, dtype, signed=config.signed_scales, whitener=whitener, search=search
+            )
+        )
     return torch.cat(found, dim=1)

@@ -35,8 +35,11 @@ Progress = Callable[[ProgressEvent], None]
 _TEACHER_BATCH = 8
 # One in so many windows of calibration text is kept aside to judge the result by.
 _JUDGED = 16
-# Text is written so many windows at a time, fewer if their keys and values would fill a quarter of the device.
-_WRITING_BATCH = 1024
+# Text is written so many windows at a time. On a GPU fewer if their keys, values and logits would fill a quarter of it:
+# launched one by one, the kernels of a small model take as long for many windows as for few. A CPU gains nothing.
+_WRITING_BATCH, _WRITING_BATCH_WITHOUT_GPU = 2048, 128
+# Tables of logits a step holds, in float32: the model's, their copy, probabilities, what is drawn from them.
+_LOGIT_TABLES = 4
 
 
 def tune_checkpoint(
@@ -152,12 +155,13 @@ def _written(
     dtype = "auto" if device.type == "cuda" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     model = model.to(device).eval()
-    batch = min(count, _WRITING_BATCH)
+    batch = min(count, _WRITING_BATCH_WITHOUT_GPU)
     if device.type == "cuda":
         heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
         head = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
         window = 2 * model.config.num_hidden_layers * heads * head * length * model.dtype.itemsize
-        batch = max(1, min(batch, torch.cuda.mem_get_info(device)[0] // 4 // window))
+        window += _LOGIT_TABLES * 4 * model.config.vocab_size
+        batch = max(1, min(count, _WRITING_BATCH, torch.cuda.mem_get_info(device)[0] // 4 // window))
     return written_by_model(
         model, samples, count=count, length=length, batch=batch, seed=seed, progress=tell("write text")
     )

@@ -81,8 +81,9 @@ class Student:
         self.layers: dict[str, TunableWeight] = {}
         for name in names:
             shape = self.model.get_submodule(name)
-            stored = _read_quantized(store, name, shape.out_features, shape.in_features, settings.group_size_of(name))
-            original = None if originals is None else originals.get(f"{name}.weight")
+            size = settings.group_size_of(name)
+            stored = _read_quantized(store, name, shape.out_features, shape.in_features, size, device)
+            original = None if originals is None else originals.get(f"{name}.weight").to(device)
             weight = TunableWeight(stored, original)
             bias = store.get(f"{name}.bias").float() if f"{name}.bias" in store else None
             set_module(self.model, name, TunableLinear(weight, bias).to(device))
@@ -163,8 +164,9 @@ class Student:
 
 
 def _read_quantized(
-    store: TensorStore, name: str, out_features: int, in_features: int, group_size: int
+    store: TensorStore, name: str, out_features: int, in_features: int, group_size: int, device: torch.device
 ) -> QuantizedWeight:
-    codes = marlin.unpack_codes(store.get(f"{name}.qweight"))[:out_features, :in_features]
-    scales = marlin.unpack_scales(store.get(f"{name}.scales"))[:out_features]
+    # Unpacked where they are needed: on a GPU that takes no time, on the host minutes for a large model.
+    codes = marlin.unpack_codes(store.get(f"{name}.qweight").to(device))[:out_features, :in_features]
+    scales = marlin.unpack_scales(store.get(f"{name}.scales").to(device))[:out_features]
     return QuantizedWeight(codes, scales, None, group_size)

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from marlin_gptq.errors import InputError
+from marlin_gptq.modeling.decoding import Decoder, why_not
+from marlin_gptq.modeling.sampling import sample
 
 WINDOW = 1024
 # Windows of packed calibration text that pass a block at once.
 PACKED_BATCH = 8
 _PROMPT = 16
+# Tokens between two reports of progress while text is written.
+_TOLD = 64
 
 
 def windows(samples: list[Tensor], length: int) -> Tensor:
@@ -46,6 +50,9 @@ def written_by_model(
     Each begins with a few tokens from a random place of a calibration document. More text than anybody collected, from
     the distribution that is to be kept (Liu et al., "LLM-QAT: Data-Free Quantization Aware Training for Large Language
     Models", arXiv 2305.17888).
+
+    Draws come from a generator of their own: the same seed on the same device gives the same text. `progress` is told
+    (windows written, windows in all), a part of a batch as so many windows.
     """
     tokens = torch.cat(samples)
     prompt = min(_PROMPT, length - 1, len(tokens))
@@ -54,16 +61,34 @@ def written_by_model(
     prompts = tokens[starts[:, None] + torch.arange(prompt)]
     device = next(model.parameters()).device
     sampler = torch.Generator(device=device).manual_seed(seed)
-    written = []
-    for first in range(0, count, batch):
-        ids = prompts[first : first + batch].to(device)
-        parts, cache = [ids], None
-        for _ in range(length - prompt):
-            output = model(input_ids=parts[-1], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            probabilities = torch.softmax(output.logits[:, -1].float(), dim=-1)
-            parts.append(torch.multinomial(probabilities, 1, generator=sampler))
-        written.append(torch.cat(parts, dim=1).cpu())
-        if progress is not None:
-            progress(min(first + batch, count), count)
+    graphs = _recorded(model, length)
+    decoder: Decoder | None = None
+    written: list[Tensor] = []
+    for ids in prompts.split(batch):
+        if decoder is None or decoder.batch != len(ids):  # the last batch may be smaller
+            decoder = None  # its cache goes before there is another
+            decoder = Decoder(model, len(ids), length, graphs=graphs)
+        window = torch.empty(len(ids), length, dtype=torch.int64, device=device)
+        window[:, :prompt] = ids.to(device)
+        logits = decoder.prefill(window[:, :prompt])
+        for place in range(prompt, length):
+            if place > prompt:
+                decoder.tokens.copy_(window[:, place - 1])
+                logits = decoder.step()
+            window[:, place] = sample(logits, 1.0, 1.0, sampler)
+            if progress is not None and ((place + 1) % _TOLD == 0 or place + 1 == length):
+                share = len(ids) * (place + 1 - prompt) // (length - prompt)
+                progress(sum(map(len, written)) + share, count)
+        written.append(window.cpu())
     return torch.cat(written)
+
+
+def _recorded(model: Any, length: int) -> bool:
+    """Whether steps are recorded, on a cache of fixed size: launched one by one, small kernels wait for the host.
+
+    Not where query heads share keys: with a cache of fixed size transformers then copies all of it out for every query
+    head at every step, which costs a large batch more than the waiting.
+    """
+    config = model.config
+    shared = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) != config.num_attention_heads
+    return not shared and not why_not(model, length, graphs=True, compiled=False)
