@@ -44,7 +44,7 @@ demo: $(INSTALLED) ## quantize examples/tiny-llama and print both perplexities (
 	@$(BIN)/python scripts/demo.py
 
 test: $(INSTALLED) ## the tests that need no GPU (SLOW=1: the slow ones too)
-	$(BIN)/python -m pytest -m "not gpu" $(if $(SLOW),--slow)
+	$(BIN)/python -m pytest -m "not gpu" -n auto --maxprocesses 4 $(if $(SLOW),--slow)
 
 test-gpu: $(INSTALLED) ## the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu --slow

@@ -31,9 +31,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(not_asked)
 
 
+# The cores of this process, of those that pytest-xdist runs side by side.
+CORES = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
 def pytest_configure() -> None:
     # The matrices here are small, and threads that wait for one another crawl on a machine with other work.
     torch.set_num_threads(1)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", str(CORES))  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +50,9 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Slow tests run whole models and get all cores."""
+    """Slow tests run whole models and get all cores of this process."""
     if request.node.get_closest_marker("slow"):
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(CORES)
     yield
     torch.set_num_threads(1)
 
