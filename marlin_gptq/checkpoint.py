@@ -344,7 +344,7 @@ class CheckpointWriter:
     def __init__(self, output: Path, *, shard_size: int, overwrite: bool, run: str | None = None) -> None:
         self._run = run
         if run is not None:
-            self._tidy_up(output)
+            tidy_up(output, run)
         if output.exists() and not overwrite:
             raise InputError(f"{output}: exists already; give another output or --overwrite")
         if output.exists() and not output.is_dir():
@@ -436,14 +436,6 @@ class CheckpointWriter:
         made.mkdir(mode=0o700)
         return made
 
-    def _tidy_up(self, output: Path) -> None:
-        """After a kill: what stood under `output` back in its place, leftovers away."""
-        partial, old = (output.absolute().parent / f".{output.name}.{kind}-{self._run}" for kind in ("partial", "old"))
-        if (old / output.name).exists() and not output.exists():
-            (old / output.name).rename(output)
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
     def _copied(self, tensor: Tensor) -> Tensor:
         """In host memory of its own; from a GPU by way of page-locked memory, because pageable copies crawl."""
         if tensor.device.type != "cuda":
@@ -502,6 +494,15 @@ class CheckpointWriter:
                     f"{free / 1e6:.1f} MB are free; make room or choose another output"
                 ) from error
             raise CheckpointError(f"{self.output}: cannot be written ({error})") from error
+
+
+def tidy_up(output: Path, run: str) -> None:
+    """After a kill of the run of that name: what stood under `output` back in its place, leftovers away."""
+    partial, old = (output.absolute().parent / f".{output.name}.{kind}-{run}" for kind in ("partial", "old"))
+    if (old / output.name).exists() and not output.exists():
+        (old / output.name).rename(output)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from marlin_gptq.checkpoint import require_space
+from marlin_gptq.checkpoint import require_space, tidy_up
 from marlin_gptq.errors import CheckpointError, InputError
 
 logger = logging.getLogger(__name__)
@@ -212,13 +212,19 @@ class WorkDirectory:
         self._write(FINISHING, _sealed({"inode": directory.stat().st_ino}))
 
     def finished(self, output: Path) -> bool:
-        """Whether `output` is what this run made: a run may be killed right after its last rename."""
+        """Whether `output` is what this run made: a run may be killed right after its last rename.
+
+        Then what it replaced may still lie beside it, and is removed.
+        """
         if not output.is_dir() or not (self.directory / FINISHING).is_file():
             return False
         try:
-            return _read_json(self.directory / FINISHING)["inode"] == output.stat().st_ino
+            made = _read_json(self.directory / FINISHING)["inode"] == output.stat().st_ino
         except CheckpointError:
             return False
+        if made:
+            tidy_up(output, self.id)
+        return made
 
     def _write(self, name: str, content: bytes) -> None:
         writing = self.directory / f"{name}{WRITING}"

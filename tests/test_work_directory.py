@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers import random_samples, save_tiny_model
 
-from marlin_gptq import CheckpointError, InputError, QuantizationConfig, quantize_model, work_directory
+from marlin_gptq import CheckpointError, InputError, QuantizationConfig, checkpoint, quantize_model, work_directory
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.install import install_block
@@ -148,6 +148,25 @@ def test_killed_at_any_write(
             assert len(blocks_of(tmp_path / "work")) >= done
             done = len(blocks_of(tmp_path / "work"))
     assert attempts > 3 and content_of(tmp_path / "out") == expected
+
+
+def test_killed_before_the_replaced_directory_is_gone(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("replaced")
+
+    def fatal(path: Path, **_: Any) -> None:
+        if ".old-" in str(path) and path.exists():
+            raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(checkpoint.shutil, "rmtree", fatal)
+        run(source, tmp_path / "out", tmp_path / "work", overwrite=True)
+    assert len(list(tmp_path.glob(".out.old-*"))) == 1
+    run(source, tmp_path / "out", tmp_path / "work", overwrite=True)
+    assert content_of(tmp_path / "out") == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "work"}
 
 
 KILLED_RUNS = """
