@@ -213,7 +213,8 @@ def _plan(
     if limit is not None:
         plan = plan_within(outline(model_dir, config), job, limit, spill)
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+        number = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), number)
         return plan
     if spill is not None:
         return Plan({"none": "device"}.get(spill, spill))

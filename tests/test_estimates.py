@@ -221,6 +221,21 @@ def test_a_gpu_limit_needs_a_gpu(tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "source")
     with pytest.raises(InputError, match="--max-gpu-memory: this run computes on the CPU; leave it out"):
         quantize_model(source, tmp_path / "out", QuantizationConfig(), random_samples(2), device=CPU, max_gpu_memory=1)
+
+
+@pytest.mark.gpu
+def test_a_limit_on_the_gpu_changes_no_bit(tmp_path: Path) -> None:
+    source, samples = save_tiny_model(tmp_path / "source"), random_samples(8)
+    found = []
+    for limit in (None, 2_000_000_000):
+        output = tmp_path / str(limit)
+        device = torch.device("cuda")
+        try:
+            quantize_model(source, output, QuantizationConfig(), samples, device=device, max_gpu_memory=limit)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, 0)
+        found.append((output / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
     assert not (tmp_path / "out").exists()
 
 

