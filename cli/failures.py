@@ -16,10 +16,18 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Command(click.Command):
-    """A click command that ends every failure in one sentence; --debug shows the traceback before it."""
+    """A click command that ends every failure in one sentence; --debug shows the traceback before it.
+
+    unused  packages that others import where they find them, and that take a second each: a process that is for this
+            command alone does not find them.
+    """
+
+    def __init__(self, *args: Any, unused: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.unused = unused
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        return _run(super().main, *args, **kwargs)
+        return _run(super().main, *args, unused=self.unused, **kwargs)
 
 
 class Group(click.Group):
@@ -35,14 +43,18 @@ class Interrupted(Exception):
     """Ctrl-C, with a sentence on what it left behind."""
 
 
-def _run(click_main: Any, args: list[str] | None = None, *rest: Any, **kwargs: Any) -> Any:
+def _run(
+    click_main: Any, args: list[str] | None = None, *rest: Any, unused: tuple[str, ...] = (), **kwargs: Any
+) -> Any:
     arguments = list(sys.argv[1:] if args is None else args)
     if not kwargs.pop("standalone_mode", True):
         return click_main(arguments, *rest, standalone_mode=False, **kwargs)
     own = args is None  # this process is for the command alone: it was not called from another program
     try:
-        if own:  # torch and transformers are millions of objects, which no collection needs to walk through again
-            gc.freeze()
+        if own:
+            for package in unused:
+                sys.modules.setdefault(package, None)  # type: ignore[arg-type]
+            gc.freeze()  # torch and transformers are millions of objects, which no collection needs to walk through
         sys.exit(click_main(arguments, *rest, standalone_mode=False, **kwargs) or 0)
     except Exception as error:  # the outermost frame: the rest is a bug of ours
         if "--debug" in arguments:

@@ -27,6 +27,7 @@ from marlin_gptq.work_directory import WorkDirectory
 @click.command(
     "marlin-quantize",
     cls=failures.Command,
+    unused=("sklearn",),  # transformers has it for assisted generation
     epilog=quantize_options.EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

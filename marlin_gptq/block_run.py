@@ -23,8 +23,8 @@ from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Costs
 from marlin_gptq.distributed import Team, share_out
 from marlin_gptq.errors import InputError
-from marlin_gptq.estimates import Plan, hessian_passes
-from marlin_gptq.group_solver import GroupSolver
+from marlin_gptq.estimates import Plan, hessian_passes, side_by_side
+from marlin_gptq.group_solver import GroupSolver, Solved
 from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.architecture import require_finite
 from marlin_gptq.modeling.blocks import BlockStream, return_free_memory
@@ -250,12 +250,14 @@ class BlockRun:
     ) -> None:
         """Solve the groups, each in one process of the team, and note their codes, scales and records in all."""
         owners = share_out([_cost(group, linears) for group in groups], self.team.size)
-        solver = GroupSolver(self.config, self.target, self.plan.rows, self.costs, partial(self._told, index))
-        solved = {
-            group[0]: solver.solve(index, group, linears, calibrated, self.crosses.get(group[0]))
-            for group, owner in zip(groups, owners, strict=True)
-            if owner == self.team.rank
-        }
+        own = [group for group, owner in zip(groups, owners, strict=True) if owner == self.team.rank]
+        solver = GroupSolver(
+            index, linears, calibrated, self.crosses, self.config, self.target, self.plan.rows, self.costs,
+            partial(self._told, index),
+        )  # fmt: skip
+        solved: dict[str, Solved] = {}
+        for together in side_by_side([(group, _shape(group, linears)) for group in own], self.plan.side_by_side):
+            solved |= solver.solve(together)
         self.solved = 0
         for group, owner in zip(groups, owners, strict=True):
             parts, records = solved.pop(group[0], ({}, []))
@@ -301,8 +303,13 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
 
 def _cost(group: list[str], linears: dict[str, nn.Linear]) -> float:
     """Of solving a group, in multiplications: its factor, and the search and updates of its rows."""
-    features = linears[group[0]].in_features
-    return 2 * features**3 + sum(linears[name].out_features for name in group) * features * (features / 2 + 10_000)
+    rows, features = _shape(group, linears)
+    return 2 * features**3 + rows * features * (features / 2 + 10_000)
+
+
+def _shape(group: list[str], linears: dict[str, nn.Linear]) -> tuple[int, int]:
+    """Of the weight of a group, its linears stacked: (out_features, in_features)."""
+    return sum(linears[name].out_features for name in group), linears[group[0]].in_features
 
 
 def step_name(index: int) -> str:

@@ -38,10 +38,40 @@ class Costs:
             yield
         finally:
             peak = self._look()
-            cost = self.by_name.setdefault(name, Cost(seconds=0.0, peak_gpu_bytes=None))
-            cost["seconds"] += time.perf_counter() - started
-            if peak is not None:
-                cost["peak_gpu_bytes"] = max(peak, cost["peak_gpu_bytes"] or 0)
+            self._add(name, Cost(seconds=time.perf_counter() - started, peak_gpu_bytes=peak))
+
+    @contextmanager
+    def streams(self, count: int) -> Iterator[list[StreamCosts]]:
+        """So many CUDA streams to work on side by side, each with costs of its own; not to be nested, as `measure`.
+
+        What this process's current stream was given before is done before them, and what it is given afterwards after
+        them. The time inside is shared out among the stages measured on them, in proportion to their own time.
+        """
+        self._look()
+        started = time.perf_counter()
+        current = torch.cuda.current_stream(self.device)
+        made = [StreamCosts(self.device) for _ in range(count)]
+        for one in made:
+            one.stream.wait_stream(current)
+        try:
+            yield made
+        finally:
+            for one in made:
+                current.wait_stream(one.stream)
+            peak = self._look()
+            seconds = time.perf_counter() - started
+            total = sum(one.total() for one in made)
+            for one in made:
+                one.seconds = seconds * one.total() / total if total else 0.0
+                for name, own in one.by_name.items():
+                    share = Cost(seconds=seconds * own["seconds"] / total, peak_gpu_bytes=peak)
+                    self._add(name, share)
+
+    def _add(self, name: str, more: Cost) -> None:
+        cost = self.by_name.setdefault(name, Cost(seconds=0.0, peak_gpu_bytes=None))
+        cost["seconds"] += more["seconds"]
+        if more["peak_gpu_bytes"] is not None:
+            cost["peak_gpu_bytes"] = max(more["peak_gpu_bytes"], cost["peak_gpu_bytes"] or 0)
 
     def rest(self, name: str, since: float) -> float:
         """Adds to `name` what has passed since `time.perf_counter()` was `since` and was not measured.
@@ -51,8 +81,7 @@ class Costs:
         self._look()
         passed = time.perf_counter() - since
         left = passed - sum(cost["seconds"] for cost in self.by_name.values())
-        cost = self.by_name.setdefault(name, Cost(seconds=0.0, peak_gpu_bytes=None))
-        cost["seconds"] += max(0.0, left)
+        self._add(name, Cost(seconds=max(0.0, left), peak_gpu_bytes=None))
         return passed
 
     def peak_gpu_bytes(self) -> int | None:
@@ -69,3 +98,40 @@ class Costs:
         self._peak = max(self._peak, peak)
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
+
+
+class StreamCosts(Costs):
+    """Of work on one of several CUDA streams: measured by events on it, which wait for nothing.
+
+    seconds  the share of the time of all of them that fell to this one, once `Costs.streams` is left.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.seconds = 0.0
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """As `Costs.measure`, of what the stream is given inside."""
+        events = name, torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[1].record(self.stream)
+        try:
+            yield
+        finally:
+            events[2].record(self.stream)
+            self._events.append(events)
+
+    @property
+    def by_name(self) -> dict[str, Cost]:  # type: ignore[override]
+        """Seconds of the stages, once the stream is done."""
+        found: dict[str, Cost] = {}
+        for name, before, behind in self._events:
+            cost = found.setdefault(name, Cost(seconds=0.0, peak_gpu_bytes=None))
+            cost["seconds"] += before.elapsed_time(behind) / 1000
+        return found
+
+    def total(self) -> float:
+        """Seconds of all stages together."""
+        return sum(cost["seconds"] for cost in self.by_name.values())

@@ -13,9 +13,10 @@ docs/benchmarks.md compares them with measured runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import TypeVar
 
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import InputError
@@ -36,8 +37,16 @@ REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual,
 # Values per token and channel alive in a block's forward: residual, norm, attention's operands and result; gate, up,
 # their product.
 FORWARD_HIDDEN, FORWARD_INNER = 6, 3
+# Of weights that are solved side by side on a GPU, whose fused loops have no scratch; counted, not measured: float32
+# matrices like the Hessian (H, its factor, H damped, one in another order); bytes per weight (stacked, compensated, its
+# code, and what the refinement works on).
+BESIDE_SQUARES, BESIDE_WEIGHTS = 4, 20
+_STREAMS = 4
 # Measured time over what `seconds` counts: five runs on a CPU took 1.13 to 1.39 of it.
 OTHER_WORK = 1.25
+
+
+Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
@@ -91,12 +100,14 @@ class Plan:
     hessian_bytes of Hessians summed in one pass through a block; None is all of them. Less means more passes.
     rows          of a stacked weight solved at once; None is all of them.
     pack_tokens   of samples that pass a block together, unless one alone has more; 0 is one sample at a time.
+    side_by_side  bytes that weights solved at the same time may take; 0 is one after the other.
     """
 
     place: str = "device"
     hessian_bytes: int | None = None
     rows: int | None = None
     pack_tokens: int = PACK_TOKENS
+    side_by_side: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,6 +238,30 @@ def hessian_passes(groups: list[tuple[str, int]], hessian_bytes: int | None) -> 
             passes.append([name])
             used = size
     return passes
+
+
+def side_by_side(groups: Sequence[tuple[Group, tuple[int, int]]], limit: int) -> list[list[Group]]:
+    """Groups, with (out_features, in_features) of each one's stacked weight, in batches of at most `limit` bytes.
+
+    A single one may take more. A batch has _STREAMS groups at most: more would leave none of the GPU idle either.
+    """
+    batches: list[list[Group]] = []
+    used = 0
+    for group, (rows, features) in groups:
+        size = beside_bytes(rows, features)
+        if batches and used + size <= limit and len(batches[-1]) < _STREAMS:
+            batches[-1].append(group)
+            used += size
+        else:
+            batches.append([group])
+            used = size
+    return batches
+
+
+def beside_bytes(rows: int, features: int) -> int:
+    """What a weight takes beside others until all are solved: H, its factor and copies of them; the weight, what
+    remains of it, its codes."""
+    return BESIDE_SQUARES * 4 * features**2 + BESIDE_WEIGHTS * rows * features
 
 
 def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float) -> float:

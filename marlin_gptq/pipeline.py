@@ -49,6 +49,8 @@ from marlin_gptq.tuning.text import packed
 from marlin_gptq.work_directory import WorkDirectory, model_digest
 
 logger = logging.getLogger(__name__)
+# Bytes that weights solved side by side take at most, where there is more than enough: beyond, they fill a GPU alone.
+_SIDE_BY_SIDE = 12_000_000_000
 
 ALONE = Team()
 
@@ -216,11 +218,12 @@ def _plan(
         number = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), number)
         return plan
-    if spill is not None:
-        return Plan({"none": "device"}.get(spill, spill))
     free, _ = torch.cuda.mem_get_info(device)
+    beside = min(_SIDE_BY_SIDE, free // 8)
+    if spill is not None:
+        return Plan({"none": "device"}.get(spill, spill), side_by_side=beside)
     waiting = streams(job) * job.tokens * read_config(model_dir).hidden_size * job.compute_bytes
-    return Plan("device" if waiting < free / 2 else "host")
+    return Plan("device" if waiting < free / 2 else "host", side_by_side=beside)
 
 
 def _facts(

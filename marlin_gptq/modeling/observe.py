@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -84,7 +84,9 @@ def collect_hessians(
     add_up: AddUp = lambda _: None,
     token_cap: float = 0.0,
 ) -> Calibrated:
-    """Run all samples through the block and sum one Hessian per group.
+    """Run all samples through the block and sum one Hessian per group; `groups` in the order they run.
+
+    What comes behind the inputs of the last one is left out.
 
     add_up     sums Hessians over the processes of a run, each of which has samples of its own.
     token_cap  limits the weight of a token by the median over its sample, see `Hessian.add`: not for packs.
@@ -94,10 +96,12 @@ def collect_hessians(
     """
     hessians = {group[0]: Hessian(linears[group[0]].in_features, stream.device) for group in groups}
     hooks = [linears[name].register_forward_pre_hook(_summing(h, token_cap)) for name, h in hessians.items()]
+    experts = _experts_of(stream.block_module(index), stream.block_name(index))
+    if not experts.keys() & hessians.keys():  # which experts run, and in what order, depends on the tokens
+        hooks.append(linears[groups[-1][0]].register_forward_pre_hook(_enough))
     _pass(stream, index, hidden, hooks)
     add_up(hessians.values())
     found = Calibrated(hessians, {name: hessian.tokens for name, hessian in hessians.items()})
-    experts = _experts_of(stream.block_module(index), stream.block_name(index))
     starved = [name for name, h in hessians.items() if name in experts and h.tokens < linears[name].in_features]
     if starved:
         _fill_up(stream, index, {name: experts[name] for name in starved}, found, hidden, add_up, token_cap)
@@ -140,10 +144,19 @@ def _summing(
     return lambda _, args: hessian.add(args[0] if image is None else image(args[0]), token_cap)
 
 
+class _Enough(Exception):
+    """All that was to be seen of a block's forward has been seen."""
+
+
+def _enough(*_: object) -> None:
+    raise _Enough
+
+
 def _pass(stream: BlockStream, index: int, hidden: Samples, hooks: list) -> None:
     try:
         for sample, lengths in hidden:
-            stream.run(index, sample.to(stream.device), lengths)
+            with suppress(_Enough):
+                stream.run(index, sample.to(stream.device), lengths)
     finally:
         for hook in hooks:
             hook.remove()
@@ -185,6 +198,7 @@ def collect_cross(
 ) -> dict[str, Cross]:
     """For each group, keyed by its first linear, how its inputs differ from those of the full-precision model.
 
+    groups        in the order they run, none of them experts'.
     hidden, full  the block's inputs after quantized and after full-precision blocks, the same samples at a time.
     originals     the block's weights before any of it was quantized.
     add_up, token_cap  as of `collect_hessians`.
@@ -196,12 +210,14 @@ def collect_cross(
         return lambda _, args: caught.__setitem__(name, args[0])
 
     hooks = [linears[name].register_forward_pre_hook(catch(name)) for name in crosses]
+    hooks.append(linears[groups[-1][0]].register_forward_pre_hook(_enough))
     try:
         for (arriving, lengths), (exact, _) in zip(hidden, full, strict=True):
-            with full_precision(linears, originals):
+            with full_precision(linears, originals), suppress(_Enough):
                 stream.run(index, exact.to(stream.device), lengths)
             wanted = dict(caught)
-            stream.run(index, arriving.to(stream.device), lengths)
+            with suppress(_Enough):
+                stream.run(index, arriving.to(stream.device), lengths)
             for name, cross in crosses.items():
                 cross.add(wanted[name], caught[name], token_cap)
     finally:

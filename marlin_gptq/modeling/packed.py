@@ -29,7 +29,7 @@ from marlin_gptq.modeling.activations import Activations
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Tokens of a pack at most, unless one sample alone has more: linears are as fast per token as with any number from
 # there on, and the memory of a pack's forward stays below that of factoring a Hessian.
-PACK_TOKENS = 4096
+PACK_TOKENS = 8192
 # Samples of different lengths that `mistake` tries; it judges the middle one.
 PROBE_LENGTHS = (2, 3, 2)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from marlin_gptq.quantization.grid import clipped_scale, full_scale, signed_scale, stored_scale
+from marlin_gptq.quantization.grid import clipped_scale, full_scale, inverse_of_upper, signed_scale, stored_scale
 from marlin_gptq.quantization.loops import inner_loops
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, round_to_codes
 
@@ -53,6 +53,7 @@ def gptq_quantize(
         scales.copy_(scales_of_columns[:, ::columns])
 
     loops = inner_loops(weight.device, columns, min(block_size, in_features), scale_dtype)
+    whiteners = _whiteners(upper, hessian, columns) if clip and scales_of_columns is None else None
 
     for start in range(0, in_features, block_size):
         stop = min(start + block_size, in_features)
@@ -68,9 +69,8 @@ def gptq_quantize(
                 end = first + columns
                 # A group longer than the block reaches into columns that all earlier blocks have compensated.
                 ahead = remaining[:, first:end] if end > stop else block[first - start : end - start].t()
-                if clip:
-                    whitener = None if hessian is None else torch.linalg.cholesky(hessian[first:end, first:end])
-                    corner = upper[first:end, first:end]
+                if whiteners is not None:
+                    corner, whitener = upper[first:end, first:end], whiteners[group]
                     found = clipped_scale(
                         ahead, corner, scale_dtype, signed=signed, whitener=whitener, search=loops.best_scales
                     )
@@ -84,6 +84,17 @@ def gptq_quantize(
         codes[:, start:stop] = block_codes.t()
         loops.push_errors(remaining[:, stop:], errors, upper[start:stop, stop:])
     return QuantizedWeight(codes, scales, None, group_size)
+
+
+def _whiteners(upper: Tensor, hessian: Tensor | None, columns: int) -> Tensor:
+    """What each group's errors are judged with, float32 [groups, columns, columns]: V of `grid.clipped_scale`.
+
+    All at once: one by one they would take longer than the search.
+    """
+    groups = len(upper) // columns
+    corners = (upper if hessian is None else hessian).unflatten(0, (groups, columns)).unflatten(2, (groups, columns))
+    corners = corners.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    return inverse_of_upper(corners.float()) if hessian is None else torch.linalg.cholesky(corners)
 
 
 def rtn_quantize(weight: Tensor, *, group_size: int, scale_dtype: torch.dtype) -> QuantizedWeight:

@@ -6,6 +6,7 @@ largest weights against that of all others; the best p is searched under the err
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -70,14 +71,25 @@ def clipped_scale(
     """
     weight = weight.float()
     if whitener is None:
-        identity = torch.eye(weight.shape[1], dtype=torch.float32, device=weight.device)
-        whitener = torch.linalg.solve_triangular(upper.float(), identity, upper=True)
+        whitener = inverse_of_upper(upper.float())
     largest = weight.abs().amax(dim=1, keepdim=True)
     full = largest * (2 / 15)
     bases = [full, signed_scale(weight), largest / 7] if signed else [full]
-    ratios = torch.tensor(CLIP_RATIOS, dtype=torch.float32, device=weight.device)
+    ratios = _ratios(CLIP_RATIOS, weight.device)
     candidates = stored_scale(torch.cat([base * ratios for base in bases], dim=1), dtype)
     return (search or best_scales)(weight, whitener, candidates)
+
+
+def inverse_of_upper(upper: Tensor) -> Tensor:
+    """U⁻¹ of upper triangular float32 [..., columns, columns]."""
+    identity = torch.eye(upper.shape[-1], dtype=torch.float32, device=upper.device)
+    return torch.linalg.solve_triangular(upper, identity.expand_as(upper), upper=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _ratios(ratios: tuple[float, ...], device: torch.device) -> Tensor:
+    """On the device, where copying them for every group would wait for all that the GPU has to do."""
+    return torch.tensor(ratios, dtype=torch.float32, device=device)
 
 
 def best_scales(weight: Tensor, whitener: Tensor, scales: Tensor) -> Tensor:

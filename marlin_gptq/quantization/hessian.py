@@ -6,6 +6,7 @@ For a linear with weight W and inputs x the error of a quantized Q is tr((W−Q)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,16 @@ from torch import Tensor
 MAX_DAMP_PERCENT = 10.0
 
 
+# Rows of a panel of H, at least; narrower ones keep a GPU's or a core's multipliers waiting.
+_PANEL_ROWS = {"cuda": 1024, "cpu": 128}
+
+
 class Hessian:
-    """Sum of 2·x·xᵀ over tokens, float32 [in_features, in_features]."""
+    """Sum of 2·x·xᵀ over tokens.
+
+    H is symmetric, so panels of rows are summed up to the end of their own diagonal block alone: nine sixteenths of the
+    work for eight panels. `sum`, float32 [in_features, in_features], holds nothing beyond them; `mean` is all of H.
+    """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
@@ -32,11 +41,14 @@ class Hessian:
         vectors = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += vectors.shape[0]
         if token_cap <= 0 and vectors.is_cuda and vectors.dtype in (torch.float16, torch.bfloat16):
-            torch.addmm(self.sum, vectors.t(), vectors, torch.float32, alpha=2.0, out=self.sum)
+            for start, stop in self._panels():
+                panel = self.sum[start:stop, :stop]
+                torch.addmm(panel, vectors[:, start:stop].t(), vectors[:, :stop], torch.float32, alpha=2.0, out=panel)
             return
         vectors = vectors.float()
         weighted = vectors if token_cap <= 0 else vectors * token_weights(vectors, token_cap)[:, None]
-        self.sum.addmm_(weighted.t(), vectors, alpha=2.0)
+        for start, stop in self._panels():
+            self.sum[start:stop, :stop].addmm_(weighted[:, start:stop].t(), vectors[:, :stop], alpha=2.0)
 
     def fill_up(self, prior: Hessian, tokens: int) -> None:
         """Make up for the tokens missing to `tokens` with as many average ones of `prior`.
@@ -54,7 +66,16 @@ class Hessian:
         """H, normalised by tokens. ValueError if no token has been seen."""
         if self.tokens == 0:
             raise ValueError("no calibration token reached this layer")
-        return self.sum / self.tokens
+        mean = self.sum / self.tokens
+        for start, stop in self._panels():
+            mean[:start, start:stop] = mean[start:stop, :start].t()
+        return mean
+
+    def _panels(self) -> Iterator[tuple[int, int]]:
+        """(first row, row behind the last) of each."""
+        features = len(self.sum)
+        rows = max(_PANEL_ROWS[self.sum.device.type], -(-features // (8 * 128)) * 128)
+        return ((start, min(start + rows, features)) for start in range(0, features, rows))
 
 
 class Cross:
