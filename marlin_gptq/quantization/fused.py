@@ -5,11 +5,13 @@
 Triton (`fused_kernels.py`). `loops.py` decides where they run.
 
 What differs from the twins is the rounding of float32 sums, nothing else:
-- `best_scales`, `push_errors` and `refit_group` multiply on tensor cores, each float32 factor as two TF32 parts and
-  three products ("tf32x3", about 2⁻²¹ relative), and add up in another order than the library that torch calls;
+- `push_errors` and `refit_group` multiply on tensor cores, each float32 factor as two TF32 parts and three products
+  ("tf32x3", about 2⁻²¹ relative), and add up in another order than the library that torch calls; `best_scales` takes
+  s·(C·V) − w·V for (s·C − w)·V, C being exact in float16 and V two float16 parts (2⁻²² of it), and finds C by a
+  product with 1/s;
 - `quantize_columns` and `descend_columns` subtract error·U and move·H with one rounding (a fused multiply-add) where
   torch may round the product too.
-Quotients, codes and stored scales are rounded exactly as in the twins. A weight that lies midway between two codes, or
+Quotients, codes and stored scales that a result holds are rounded exactly as in the twins. A weight that lies midway between two codes, or
 a row with two scales of nearly equal error, may so fall the other way, and what comes after it in the row follows.
 
 A row's result does not depend on the rows beside it: every program works on whole rows of one fixed tile in one fixed
@@ -51,8 +53,8 @@ def best_scales(weight: Tensor, whitener: Tensor, scales: Tensor) -> Tensor:
     columns, candidates = weight.t().contiguous(), scales.t().contiguous()
     found = torch.empty(rows, dtype=scales.dtype, device=weight.device)
     kernels = _kernels()
-    # Hopper's tensor cores read the whitener from shared memory, which holds all of it; others load it bit by bit into
-    # more warps, so that registers suffice.
+    # Hopper's tensor cores read the whitener's parts from shared memory, which holds all of them; others load it bit by
+    # bit into more warps, so that registers suffice.
     step, warps = (width, 4) if _capability(weight.device)[0] == 9 else (16, 8)
     _launch(
         kernels.search, (rows, kernels.SEARCH_ROWS), weight.device,
@@ -82,7 +84,7 @@ def push_errors(rest: Tensor, errors: Tensor, upper: Tensor) -> None:
     _launch(
         kernels.push, (rows, kernels.PUSH_ROWS, later, kernels.PUSH_COLUMNS), rest.device,
         rest, errors, upper.contiguous(), rows, later, rest.stride(0), width,
-        ROWS=kernels.PUSH_ROWS, COLUMNS=kernels.PUSH_COLUMNS, num_warps=8,
+        ROWS=kernels.PUSH_ROWS, COLUMNS=kernels.PUSH_COLUMNS, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
