@@ -26,6 +26,7 @@ from marlin_gptq.block_run import BlockRun
 from marlin_gptq.checkpoint import CheckpointWriter, require_space, staging_directory
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Cost, Costs
+from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.estimates import Job, Plan, plan_within, streams
@@ -217,9 +218,8 @@ def _plan(
         return plan
     if spill is not None:
         return Plan({"none": "device"}.get(spill, spill))
-    free, _ = torch.cuda.mem_get_info(device)
     waiting = streams(job) * job.tokens * read_config(model_dir).hidden_size * job.compute_bytes
-    return Plan("device" if waiting < free / 2 else "host")
+    return Plan("device" if waiting < free_bytes(device) / 2 else "host")
 
 
 def _facts(
