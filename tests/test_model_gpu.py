@@ -190,7 +190,7 @@ def test_recorded_steps_of_shared_heads_give_the_logits_of_a_growing_cache(
                 logits.append(decoder.step().clone())
             found.append(torch.stack(logits).float())
     assert torch.equal(found[2], found[3])  # nothing stays of the batch before
-    assert relative(found[2], found[0]) < (3e-3 if dtype == torch.float16 else 2e-2)
+    assert relative(found[2], found[0]) < (5e-3 if dtype == torch.float16 else 4e-2)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from marlin_gptq.config import Override
 from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.modeling import decoding
 from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.quantization import tunable
 from marlin_gptq.quantization.distillation import divergence
 from marlin_gptq.quantization.gptq import rtn_quantize
 from marlin_gptq.quantization.tunable import TunableWeight
@@ -71,6 +72,35 @@ def test_the_forward_is_what_will_be_stored_bit_for_bit() -> None:
     assert stored.scales.dtype == torch.float16 and stored.codes.dtype == torch.uint8
     assert int(stored.codes.max()) <= 15
     assert torch.equal(tunable(), stored.dequantize())
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_a_weight_in_the_dtype_of_autocast_is_the_rounded_one(moving: bool) -> None:
+    """Bit for bit, and with the gradients of a product that rounds it itself."""
+    weight, x = random_weight(12, 64, 2), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    quantized = rtn_quantize(weight, group_size=32, scale_dtype=torch.float16)
+    found, gradients = [], []
+    for at_once in (True, False):
+        tunable = TunableWeight(quantized, weight if moving else None)
+        moved = [tunable.shift] if tunable.position is None else [tunable.shift, tunable.position]
+        with torch.no_grad():
+            for parameter in moved:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        tunable.clamp_()
+        value = None if at_once else tunable()
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(tunable() if value is None else value.bfloat16())
+            torch.nn.functional.linear(x, found[-1]).float().square().sum().backward()
+        gradients.append([parameter.grad for parameter in moved])
+    assert found[0].dtype == torch.bfloat16 and torch.equal(found[0], found[1])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_codes_are_the_nearest_in_range() -> None:
+    position = torch.cat(
+        [torch.randn(10000, generator=torch.Generator().manual_seed(0)) * 6, torch.arange(-20, 20) / 2]
+    )
+    assert torch.equal(tunable._nearest(position), position.round().clamp(-8, 7))
 
 
 def test_gradients_are_those_of_the_product_without_the_rounding() -> None:
