@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.errors import QuantizationError
 from marlin_gptq.modeling.blocks import BlockStream
 
@@ -22,8 +23,7 @@ class HiddenStates:
         self.on_device = True
         if self.device.type == "cuda":
             size = tokens * stream.config.hidden_size * stream.dtype.itemsize
-            free, _ = torch.cuda.mem_get_info(self.device)
-            self.on_device = size <= memory_share * free
+            self.on_device = size <= memory_share * free_bytes(self.device)
 
     def append(self, hidden: Tensor) -> None:
         if self.on_device:

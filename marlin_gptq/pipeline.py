@@ -26,6 +26,7 @@ from marlin_gptq.block_run import BlockRun
 from marlin_gptq.checkpoint import CheckpointWriter, require_space, staging_directory
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Cost, Costs
+from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.estimates import Job, Plan, plan_within, streams
@@ -218,7 +219,7 @@ def _plan(
         number = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), number)
         return plan
-    free, _ = torch.cuda.mem_get_info(device)
+    free = free_bytes(device)
     beside = min(_SIDE_BY_SIDE, free // 8)
     if spill is not None:
         return Plan({"none": "device"}.get(spill, spill), side_by_side=beside)

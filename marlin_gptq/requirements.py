@@ -11,6 +11,7 @@ from torch import nn
 
 from marlin_gptq.checkpoint import TensorStore, require_space
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.errors import InputError, QuantizationError
 from marlin_gptq.modeling.architecture import (
     block_linears,
@@ -145,7 +146,7 @@ def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.de
         batch=config.tune_batch,
         length=WINDOW,
         tune_codes=config.tune_codes,
-        free=torch.cuda.mem_get_info(device)[0],
+        free=free_bytes(device),
     )
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from marlin_gptq.modeling.decoding import Decoder, weight_bytes, why_not
 from marlin_gptq.modeling.fixed_cache import FixedLayer, fixed_cache
-from marlin_gptq.modeling.sampling import sample
+from marlin_gptq.modeling.sampling import draw, sample
 
 
 def model_of(architecture: str, **changes: Any) -> Any:
@@ -42,14 +42,13 @@ def test_tokens_are_those_of_generate(architecture: str, changes: dict, fixed: b
     ids = torch.randint(3, 90, (2, 20))
     expected = model.generate(ids, max_new_tokens=10, do_sample=False, eos_token_id=None)[:, 20:]
     decoders = [Decoder(model, 2, 30)]
-    if fixed:  # the cache of fixed size, as graphs use it, but without them
-        decoders.append(Decoder(model, 2, 30))
-        decoders[-1]._static = True
-        decoders[-1]._cache = fixed_cache(model.config, 30, model.device)
+    if fixed:
+        decoders.append(Decoder(model, 2, 30, fixed=True))
     for decoder in decoders:
         for _ in range(2):  # a second batch finds no trace of the first
             assert torch.equal(decoded(decoder, ids, 10), expected)
     assert bool(why_not(model, 30, graphs=False, compiled=True)) is not fixed
+    assert bool(why_not(model, 30, graphs=False, compiled=False, fixed=True)) is not fixed
 
 
 def test_layers_share_one_position() -> None:
@@ -124,6 +123,11 @@ def test_sampling_follows_the_probabilities() -> None:
     nucleus = torch.tensor([2 / 3, 1 / 3, 0, 0])
     torch.testing.assert_close(shares(temperature=1.0, top_p=0.7), nucleus, atol=0.02, rtol=0)
     assert shares(temperature=1.0, top_p=0.01).tolist() == [1, 0, 0, 0]
+    drawn = draw(logits, generator)
+    torch.testing.assert_close(torch.bincount(drawn) / len(logits), probabilities, atol=0.02, rtol=0)
+    assert torch.equal(*(draw(logits, torch.Generator().manual_seed(1)) for _ in range(2)))
+    never = draw(torch.cat([logits, torch.full((len(logits), 1), -torch.inf)], dim=1), generator)
+    assert not (never == 4).any()
     with pytest.raises(ValueError, match=r"top_p: got 0, expected more than 0 and at most 1"):
         sample(logits, 1.0, 0)
     with pytest.raises(ValueError, match=r"temperature: got -1, expected 0 or more"):

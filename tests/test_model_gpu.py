@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_samples, save_tiny_model
+from helpers import random_samples, save_tiny_model, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -15,7 +15,7 @@ from marlin_gptq import InputError, MarlinLinear, QuantizationConfig, quantize_m
 from marlin_gptq.eval.perplexity import evaluate_perplexity
 from marlin_gptq.eval.throughput import Request, measure
 from marlin_gptq.formats import marlin
-from marlin_gptq.modeling import run_time
+from marlin_gptq.modeling import decoding, run_time
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.decoding import Decoder
 from marlin_gptq.modeling.fused import split_projections
@@ -154,6 +154,43 @@ def test_a_recorded_step_makes_the_tokens_of_an_eager_one(tmp_path: Path, quanti
             found.append(torch.stack(logits))
     assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3])  # nothing stays of the batch before
     assert relative(found[2], found[0]) < 3e-3
+
+
+@pytest.mark.parametrize("parted", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"num_key_value_heads": 1}),
+        ("llama", {"num_key_value_heads": 4}),
+        ("qwen3", {"head_dim": 64}),
+        ("mistral", {"sliding_window": 64}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_recorded_steps_of_shared_heads_give_the_logits_of_a_growing_cache(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, changes: dict, dtype: torch.dtype, parted: bool
+) -> None:
+    if parted:
+        monkeypatch.setattr(decoding, "_MUCH", 1)
+        monkeypatch.setattr(decoding, "_PART_OF", 8)
+    torch.manual_seed(0)
+    config = tiny_config(architecture, initializer_range=0.1, **changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().to("cuda")
+    ids = torch.randint(3, 96, (3, 20), device=GPU)
+    chosen = torch.randint(3, 96, (40, 3), device=GPU)
+    found = []
+    for graphs in (False, True):
+        decoder = Decoder(model, 3, 60, graphs=graphs)
+        assert len(decoder._ends) == (4 if graphs and parted else 1)
+        for _ in range(2):
+            logits = [decoder.prefill(ids).clone()]
+            for tokens in chosen:
+                decoder.tokens.copy_(tokens)
+                logits.append(decoder.step().clone())
+            found.append(torch.stack(logits).float())
+    assert torch.equal(found[2], found[3])  # nothing stays of the batch before
+    assert relative(found[2], found[0]) < (5e-3 if dtype == torch.float16 else 4e-2)
 
 
 @pytest.mark.slow

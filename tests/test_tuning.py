@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,15 +18,27 @@ from transformers import AutoModelForCausalLM
 
 from marlin_gptq import InputError, QuantizationConfig, QuantizationError, quantize_model
 from marlin_gptq.config import Override
+from marlin_gptq.device_memory import free_bytes
+from marlin_gptq.modeling import decoding
 from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.quantization import tunable
 from marlin_gptq.quantization.distillation import divergence
 from marlin_gptq.quantization.gptq import rtn_quantize
 from marlin_gptq.quantization.tunable import TunableWeight
 from marlin_gptq.report import ProgressEvent
 from marlin_gptq.requirements import tuned_sizes
-from marlin_gptq.tuning.end_to_end import Rates, batches, learning_rate, mean_divergence, teacher_hidden, tune
+from marlin_gptq.tuning import stage, student, text
+from marlin_gptq.tuning.end_to_end import (
+    Rates,
+    batches,
+    host_memory,
+    learning_rate,
+    mean_divergence,
+    teacher_hidden,
+    tune,
+)
 from marlin_gptq.tuning.memory import Plan, Sizes, plan
-from marlin_gptq.tuning.student import Student
+from marlin_gptq.tuning.student import Student, use_one_kernel
 from marlin_gptq.tuning.text import packed, windows, written_by_model
 
 CPU = torch.device("cpu")
@@ -58,6 +72,35 @@ def test_the_forward_is_what_will_be_stored_bit_for_bit() -> None:
     assert stored.scales.dtype == torch.float16 and stored.codes.dtype == torch.uint8
     assert int(stored.codes.max()) <= 15
     assert torch.equal(tunable(), stored.dequantize())
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_a_weight_in_the_dtype_of_autocast_is_the_rounded_one(moving: bool) -> None:
+    """Bit for bit, and with the gradients of a product that rounds it itself."""
+    weight, x = random_weight(12, 64, 2), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    quantized = rtn_quantize(weight, group_size=32, scale_dtype=torch.float16)
+    found, gradients = [], []
+    for at_once in (True, False):
+        tunable = TunableWeight(quantized, weight if moving else None)
+        moved = [tunable.shift] if tunable.position is None else [tunable.shift, tunable.position]
+        with torch.no_grad():
+            for parameter in moved:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        tunable.clamp_()
+        value = None if at_once else tunable()
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(tunable() if value is None else value.bfloat16())
+            torch.nn.functional.linear(x, found[-1]).float().square().sum().backward()
+        gradients.append([parameter.grad for parameter in moved])
+    assert found[0].dtype == torch.bfloat16 and torch.equal(found[0], found[1])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_codes_are_the_nearest_in_range() -> None:
+    position = torch.cat(
+        [torch.randn(10000, generator=torch.Generator().manual_seed(0)) * 6, torch.arange(-20, 20) / 2]
+    )
+    assert torch.equal(tunable._nearest(position), position.round().clamp(-8, 7))
 
 
 def test_gradients_are_those_of_the_product_without_the_rounding() -> None:
@@ -148,6 +191,31 @@ def test_written_text_is_drawn_token_by_token(tmp_path: Path, count: int, batch:
     assert len(set(written[:, 16:].flatten().tolist())) > 8
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_a_cache_of_fixed_size_writes_the_same_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_heads: int
+) -> None:
+    """What a GPU records, step by step, its cache read in parts."""
+    source = save_tiny_model(tmp_path / "source", initializer_range=0.3, num_key_value_heads=kv_heads)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+
+    def written() -> Tensor:
+        return written_by_model(model, random_samples(5), count=5, length=40, batch=2, seed=3)
+
+    growing = written()
+    monkeypatch.setattr(decoding, "_MUCH", 1)
+    monkeypatch.setattr(decoding, "_PART_OF", 4)
+    monkeypatch.setattr(text, "Decoder", lambda *sizes, graphs: decoding.Decoder(*sizes, fixed=True))
+    assert torch.equal(written(), growing)
+
+
+def test_a_model_that_writes_nonsense_is_an_error(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(tmp_path / "source"), dtype=torch.float32)
+    model.model.layers[1].mlp.down_proj.weight.data.fill_(torch.inf)
+    with pytest.raises(QuantizationError, match=r"^logits: NaN or Inf in float32 after 24 tokens that the model wrote"):
+        written_by_model(model, random_samples(5), count=2, length=24, batch=2, seed=0)
+
+
 # The loop
 
 
@@ -175,6 +243,78 @@ def test_the_student_is_the_quantized_model_and_the_teacher_the_full_one(pair: t
         torch.testing.assert_close(
             student_of(pair).hidden(text[:2]), teacher_hidden(stream, text[:2], 2), rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_norms_in_one_kernel_are_the_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+    source = save_tiny_model(tmp_path / "source", architecture, **({"head_dim": 32} if architecture == "qwen3" else {}))
+    quantize_model(source, tmp_path / "rtn", QuantizationConfig(method="rtn", group_size=64), [], device=CPU)
+    found, used = [], []
+    one_kernel = use_one_kernel
+    for way in (lambda norm: used.append(one_kernel(norm)), lambda norm: None):
+        monkeypatch.setattr(student, "use_one_kernel", way)
+        model = Student(source, tmp_path / "rtn", tune_codes=True, length=LENGTH, device=CPU)
+        moved = [parameter for kind in model.parameters().values() for parameter in kind]
+        hidden = model.hidden(windows(random_samples(30), LENGTH)[:4])
+        (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))).sum().backward()
+        found.append((hidden, [parameter.grad for parameter in moved]))
+    assert all(used) and len(used) == (5 if architecture == "llama" else 9)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_norms_that_are_others_stay_as_they_are() -> None:
+    class OneMore(torch.nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.rms_norm(x, (8,), 1 + self.weight, self.eps)
+
+    class Without(torch.nn.RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.rms_norm(x, (8,), self.weight, 1e-12)
+
+    for norm in (OneMore(8, eps=1e-6), Without(8, eps=1e-6), torch.nn.LayerNorm(8), torch.nn.RMSNorm(8)):
+        own = norm.forward
+        assert not use_one_kernel(norm) and norm.forward == own
+    assert use_one_kernel(torch.nn.RMSNorm(8, eps=1e-6))
+
+
+def test_the_teacher_does_not_depend_on_the_batch(pair: tuple) -> None:
+    for batch in (1, len(pair[2]) - 1, 1000):
+        found = teacher_hidden(BlockStream(pair[0], device=CPU), pair[2], batch)
+        torch.testing.assert_close(found, pair[3], rtol=1e-4, atol=1e-4)
+
+
+def test_batches_of_the_teacher_follow_the_width() -> None:
+    small, large = (SimpleNamespace(hidden_size=h, intermediate_size=i) for h, i in ((512, 1536), (4096, 11008)))
+    assert stage._teacher_batch(small, 1024, torch.device("cuda")) == 85
+    assert stage._teacher_batch(large, 1024, torch.device("cuda")) == 11
+    assert stage._teacher_batch(large, 1 << 20, torch.device("cuda")) == 1
+    assert stage._teacher_batch(small, 1024, CPU) == 8
+
+
+def test_host_memory_that_cannot_be_page_locked_is_pageable(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, pages = torch.empty, {"SC_PAGE_SIZE": 4096, "SC_AVPHYS_PAGES": 7}
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, pin_memory: bool = False) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error:\n not today")
+        return whole(shape, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(os, "sysconf", pages.get)
+    assert host_memory((3, 1000), torch.float32).shape == (3, 1000)  # 12,000 bytes, 16,384 page-locked
+    assert "not page-locked (0.0 GB would be, and 0.0 GB are free)" in caplog.text
+    pages["SC_AVPHYS_PAGES"] = 8
+    assert host_memory((3, 1000), torch.float32).shape == (3, 1000)
+    assert "not page-locked (CUDA error: not today)" in caplog.text
+
+
+def test_free_memory_counts_what_torch_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 80)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 30)
+    assert free_bytes(torch.device("cuda")) == 55
 
 
 @pytest.mark.parametrize("tune_codes", [True, False])

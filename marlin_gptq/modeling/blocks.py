@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import QuantizationConfig
@@ -31,6 +31,7 @@ from marlin_gptq.modeling.architecture import (
     replace_linears,
     require_finite,
 )
+from marlin_gptq.modeling.attention import ANY_LENGTH
 from marlin_gptq.modeling.experts import file_name, fused_source, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.modeling.packed import (
@@ -51,10 +52,6 @@ _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 # Most memory for positions and masks that are kept from one pass of the samples to the next: rotary tables of 256
 # documents of 2000 tokens, say. What does not fit is computed again each time.
 _REMEMBERED_BYTES = 1 << 28
-
-
-# Not cuDNN's: it plans anew for every length, 30 ms each on an H200, and documents have all lengths.
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class _Stop(Exception):
@@ -207,7 +204,7 @@ class BlockStream:
         block = self._blocks[index]
         if self._places[index] is not block:
             raise RuntimeError(f"block {index} is not loaded: call run inside `with stream.block({index})`")
-        with sdpa_kernel(_ATTENTION):
+        with sdpa_kernel(ANY_LENGTH):
             if len(lengths) < 2:
                 args, kwargs = self._arguments(index, hidden)
                 output = block(hidden, *args, **kwargs)

@@ -2,17 +2,33 @@
 
 A decode step of a quantized model is hundreds of kernels of a few microseconds each; launched one by one from Python
 they wait for the host. With a cache of fixed size every step is the same work on the same addresses, so it is
-recorded once and replayed with a single launch. The model's own forward is what is recorded.
+recorded once and replayed with a single launch. The model's own forward is what is recorded, but for the attention of
+heads that share keys and values (attention.py).
+
+A cache of fixed size is read whole, filled or not. Where that is much, the step is recorded for a quarter of it, for a
+half and so on, and the shortest record that holds what is filled is replayed:
+
+    filled   1 … L/4   … L/2   … 3L/4   … L
+    reads      L/4      L/2      3L/4     L       62 % of a cache that fills up
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
+
+from marlin_gptq.modeling.attention import ANY_LENGTH, grouped_queries, sdpa_configs
 
 WARM_UP_STEPS = 3
+# Tokens that a cache holds at least, of all sequences together, for more than one record; parts of it, and what they
+# are multiples of.
+_MUCH, _PARTS, _PART_OF = 1 << 16, 4, 64
 
 
 class Decoder:
@@ -24,27 +40,40 @@ class Decoder:
     graphs     record the step as a CUDA graph; needs CUDA.
     compiled   run the step through torch.compile, which merges the small kernels between the linears. The first step
                then takes a minute.
+    fixed      a cache of fixed size, as the two need it; True without them: what is recorded, step by step.
 
-    Without either the cache is the growing one that `generate` uses; with one of them it has a fixed size. Not every
-    model can run so (`why_not`).
+    Otherwise the cache is the growing one that `generate` uses. Not every model can run on one of fixed size
+    (`why_not`).
 
     `prefill` starts a batch, `step` appends one token to every sequence. `tokens` int64 [B] is what the next step
     takes: the most likely ones, unless something else is written into it. ValueError for a mode that `why_not` refuses.
     """
 
-    def __init__(self, model: Any, batch: int, length: int, *, graphs: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batch: int,
+        length: int,
+        *,
+        graphs: bool = False,
+        compiled: bool = False,
+        fixed: bool = False,
+    ) -> None:
         self.model = model
         self.device = next(model.parameters()).device
         self.batch, self.length = batch, length
         self.tokens = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.filled = 0
-        self._static = graphs or compiled
-        if reason := why_not(model, length, graphs=graphs, compiled=compiled):
+        self._fixed = graphs or compiled or fixed
+        if reason := why_not(model, length, graphs=graphs, compiled=compiled, fixed=fixed):
             raise ValueError(reason)
         self._cache = self._new_cache()
+        self._configs = sdpa_configs(model)
         self._logits: Tensor | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._forward = torch.compile(self._next, fullgraph=True, dynamic=False) if compiled else self._next
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._compiled = torch.compile(self._next, fullgraph=True, dynamic=False) if compiled else None
+        # Each would be compiled for itself.
+        self._ends = ends(batch, length) if self._fixed and not compiled and self._can_hide() else (length,)
         if graphs:
             self._record()
 
@@ -53,12 +82,14 @@ class Decoder:
         """Forget everything, read the prompts int64 [B, T] → logits [B, V] of the token after them."""
         if ids.shape[0] != self.batch or not 0 < ids.shape[1] <= self.length:
             raise ValueError(f"ids: got {list(ids.shape)}, expected [{self.batch}, T] with T from 1 to {self.length}")
-        if self._static:
+        if self._fixed:
             self._cache.reset()
+            self._show(ids.shape[1])
         else:
             self._cache = self._new_cache()
         self.filled = ids.shape[1]
-        output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        with self._attention():
+            output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1]
         self.tokens.copy_(logits.argmax(-1))
         return logits
@@ -72,53 +103,93 @@ class Decoder:
         if self.filled >= self.length:
             raise RuntimeError(f"the cache holds {self.length} tokens and is full")
         self.filled += 1
-        if self._graph is not None:
-            self._graph.replay()
+        end = next(end for end in self._ends if end >= self.filled)
+        if self._graphs:
+            self._graphs[end].replay()
         else:
-            self._advance()
+            self._show(end)
+            with self._attention():
+                self._advance()
         assert self._logits is not None
         return self._logits
 
     def _new_cache(self) -> Any:
         from transformers import DynamicCache
 
-        if not self._static:
+        if not self._fixed:
             return DynamicCache(config=self.model.config)
         return _fixed_cache(self.model.config, self.length, self.device)
+
+    def _can_hide(self) -> bool:
+        from marlin_gptq.modeling.fixed_cache import can_hide
+
+        return can_hide(self._cache)
+
+    def _show(self, count: int) -> None:
+        if self._fixed:
+            from marlin_gptq.modeling.fixed_cache import show
+
+            show(self._cache, count)
+
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        # With a growing cache every step has a length of its own.
+        with grouped_queries(self._configs) if self._fixed else sdpa_kernel(ANY_LENGTH):
+            yield
 
     def _next(self, tokens: Tensor, cache: Any) -> Tensor:
         return self.model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
 
     def _advance(self) -> None:
-        self._logits = self._forward(self.tokens, self._cache)
+        forward = self._compiled or self._next  # an attribute of its own would keep the cache alive in a circle
+        self._logits = forward(self.tokens, self._cache)
         self.tokens.copy_(self._logits.argmax(-1))
 
     @torch.no_grad()
     def _record(self) -> None:
         # The cache gets its memory from a first prompt; kernels are chosen and compiled outside the recording.
         self.prefill(torch.zeros(self.batch, 1, dtype=torch.int64, device=self.device))
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_STEPS):
-                self._cache.reset()
+        pool = torch.cuda.graph_pool_handle()  # of all records: only one runs at a time
+        recorded: dict[int, torch.cuda.CUDAGraph] = {}
+        logits: Tensor | None = None  # those of the first record, where the others put theirs too
+        for end in reversed(self._ends):
+            self._show(end)
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream), self._attention():
+                for _ in range(WARM_UP_STEPS):
+                    self._cache.reset()
+                    self._advance()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            self._cache.reset()
+            recorded[end] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded[end], pool=pool), self._attention():
                 self._advance()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        self._cache.reset()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._advance()
-        self._graph = graph
+                assert self._logits is not None
+                if logits is None:
+                    logits = self._logits
+                else:
+                    logits.copy_(self._logits)
+        self._logits, self._graphs = logits, recorded
 
 
-def why_not(model: Any, length: int, *, graphs: bool, compiled: bool) -> str:
+def ends(batch: int, length: int) -> tuple[int, ...]:
+    """Parts of a cache of `length` places for each of `batch` sequences that steps are recorded for, shortest first."""
+    if batch * length < _MUCH:
+        return (length,)
+    parts = (_PART_OF * math.ceil(length * part / _PARTS / _PART_OF) for part in range(1, _PARTS + 1))
+    return tuple(sorted({min(length, part) for part in parts}))
+
+
+def why_not(model: Any, length: int, *, graphs: bool, compiled: bool, fixed: bool = False) -> str:
     """Why decoding `length` tokens cannot run so; empty if it can."""
     device = next(model.parameters()).device
+    fixed = graphs or compiled or fixed
     if graphs and device.type != "cuda":
         return f"CUDA graphs need a GPU, the model is on {device.type}"
-    if (graphs or compiled) and (kinds := _rope_types(model.config) & {"dynamic", "longrope"}):
+    if fixed and (kinds := _rope_types(model.config) & {"dynamic", "longrope"}):
         return f"the model's rotary embedding (rope_type {min(kinds)}) asks the host for the length at every step"
-    if (graphs or compiled) and any(_fixed_cache(model.config, length, device).is_sliding):
+    if fixed and any(_fixed_cache(model.config, length, device).is_sliding):
         return (
             f"the model's attention window is shorter than {length} tokens: its cache slides, a recorded step does not"
         )

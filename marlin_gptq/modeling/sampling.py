@@ -25,3 +25,15 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     ranked, order = probabilities.sort(dim=-1, descending=True)
     ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= top_p, 0.0)  # what lies before a token suffices
     return order.gather(-1, torch.multinomial(ranked, 1, generator=generator))[:, 0]
+
+
+def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Logits [B, V] → token ids int64 [B] drawn from softmax(logits), without waiting for the device.
+
+    As `sample` at temperature 1, with no check of the logits: of exponential times with rates softmax(logits) the
+    first to come is that of token v with just its probability, and multiplying all rates by one number changes no
+    order (the "Gumbel-max trick" in logarithms: Gumbel, "Statistical Theory of Extreme Values", 1954).
+    """
+    times = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
+    # A time of 0 is one that float32 could not tell from it.
+    return (logits - times.clamp_(min=torch.finfo(torch.float32).tiny).log_()).argmax(-1)

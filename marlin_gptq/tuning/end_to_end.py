@@ -7,21 +7,26 @@ self-written text as LLM-QAT: Liu et al., arXiv 2305.17888).
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.quantization.distillation import divergence
 from marlin_gptq.tuning.memory import Plan
 from marlin_gptq.tuning.replay import Direct, Replayed
 from marlin_gptq.tuning.student import Student
 
+logger = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
 
 
@@ -41,21 +46,61 @@ def teacher_hidden(
     """What the full-precision model's head sees: [windows, T, hidden_size] in the stream's dtype, on the device if a
     quarter of its free memory holds it, else on the host.
 
-    windows int64 [windows, T]. One block is on the device at a time.
+    windows int64 [windows, T], of which `batch` pass at once. One block is on the device at a time.
     """
-    size = windows.numel() * stream.config.hidden_size * stream.dtype.itemsize
-    place = stream.device
-    if place.type == "cuda" and size > torch.cuda.mem_get_info(place)[0] / 4:
-        place = torch.device("cpu")
-    hidden = [stream.embed(ids).to(place) for ids in windows.split(batch)]
+    device = stream.device
+    shape = (*windows.shape, stream.config.hidden_size)
+    aside = device.type == "cuda" and math.prod(shape) * stream.dtype.itemsize > free_bytes(device) / 4
+    states = host_memory(shape, stream.dtype) if aside else torch.empty(shape, dtype=stream.dtype, device=device)
+
+    def through(run: Callable[[Tensor], Tensor]) -> None:
+        # One stream of work and of copies: a batch is written where it was read before the next one is read.
+        for part in states.split(batch):
+            part.copy_(run(part.to(device, non_blocking=True)), non_blocking=True)
+
+    for part, ids in zip(states.split(batch), windows.split(batch), strict=True):
+        part.copy_(stream.embed(ids), non_blocking=True)
     for index in range(stream.n_blocks):
         with stream.block(index):
-            hidden = [stream.run(index, part.to(stream.device)).to(place) for part in hidden]
+            through(partial(stream.run, index))
         if progress is not None:
             progress(index + 1, stream.n_blocks)
-    final = torch.cat([stream.final(part.to(stream.device)).to(place) for part in hidden])
+    through(stream.final)
     stream.release()
-    return final
+    if aside:
+        torch.cuda.synchronize(device)  # the host reads it next
+    return states
+
+
+def host_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Empty host memory for copies from and to a GPU, page-locked if that can be had: pageable copies crawl.
+
+    torch page-locks powers of two: memory up to the next one is lost to everybody else, so half of what is free must
+    hold that.
+    """
+    locked = 1 << (math.prod(shape) * dtype.itemsize - 1).bit_length()
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    reason = f"{locked / 1e9:.1f} GB would be, and {free / 1e9:.1f} GB are free"
+    if locked <= free / 2:
+        try:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+    logger.warning("the teacher's hidden states are not page-locked (%s): teacher and tuning take longer", reason)
+    return torch.empty(shape, dtype=dtype)
+
+
+def rows_of(states: Tensor, chosen: Tensor, device: torch.device) -> Tensor:
+    """The rows of `states`, which may lie on the host, that `chosen` int64 [n] on the CPU names: on `device`.
+
+    From the host row by row: gathered there first, all would be copied twice.
+    """
+    if states.device == device:
+        return states[chosen.to(device, non_blocking=True)]
+    rows = torch.empty((len(chosen), *states.shape[1:]), dtype=states.dtype, device=device)
+    for place, row in enumerate(chosen.tolist()):
+        rows[place].copy_(states[row], non_blocking=True)
+    return rows
 
 
 def tune(
@@ -87,7 +132,9 @@ def tune(
         if members:
             # A recorded step reads its learning rate from the device.
             groups.append({"params": members, "lr": torch.tensor(rate, device=device) if recorded else rate})
-    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12, capturable=recorded, foreach=True)
+    # In one kernel on a GPU: the others make tables as large as all weights, which `memory` does not count.
+    way: dict[str, bool] = {"fused": True} if device.type == "cuda" else {"foreach": True}
+    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12, capturable=recorded, **way)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
 
     def step(ids: Tensor, target: Tensor) -> Tensor:
@@ -106,9 +153,10 @@ def tune(
 
     run = Replayed(step, optimizer) if recorded else Direct(step, optimizer)
     losses = []
+    windows = windows.to(device)
     with tensor_cores():
         for number, chosen in enumerate(batches(len(windows), batch, steps, seed), start=1):
-            losses.append(run(windows[chosen].to(device), teacher[chosen.to(teacher.device)].to(device)).clone())
+            losses.append(run(rows_of(windows, chosen, device), rows_of(teacher, chosen, device)).clone())
             schedule.step()
             if progress is not None and (number % 10 == 0 or number == steps):
                 progress(number, steps, float(losses[-1]))

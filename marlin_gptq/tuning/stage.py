@@ -9,6 +9,7 @@ write codes, scales and norm weights
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from torch import Tensor
 from marlin_gptq.checkpoint import CheckpointWriter, TensorStore
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Costs
+from marlin_gptq.device_memory import free_bytes, give_back
 from marlin_gptq.modeling.architecture import read_config, require_finite
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.output_directory import write_companions
@@ -32,7 +34,9 @@ from marlin_gptq.tuning.text import window_length, windows, written_by_model
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[ProgressEvent], None]
-_TEACHER_BATCH = 8
+# Values of the widest activation while a batch of windows passes a block on a GPU: many windows of a small model, whose
+# kernels would be over before the next is launched, few of a large one. A CPU gains nothing.
+_TEACHER_VALUES, _TEACHER_BATCH_WITHOUT_GPU = 1 << 27, 8
 # One in so many windows of calibration text is kept aside to judge the result by.
 _JUDGED = 16
 # Text is written so many windows at a time. On a GPU fewer if their keys, values and logits would fill a quarter of it:
@@ -70,10 +74,12 @@ def tune_checkpoint(
     if config.tune_written:
         with costs.measure("write text"):
             text = torch.cat([text, _written(model_dir, samples, config.tune_written, length, device, seed, tell)])
+            give_back(device)  # its model, cache and graphs
     with costs.measure("teacher"):
         stream = BlockStream(model_dir, device=device)
-        teacher = teacher_hidden(stream, text, _TEACHER_BATCH, tell("teacher"))
+        teacher = teacher_hidden(stream, text, _teacher_batch(stream.config, length, device), tell("teacher"))
         del stream
+        give_back(device)
     learnt = slice(judged, None) if len(text) > judged else slice(None)
     with costs.measure("tune end to end"):
         student = Student(model_dir, quantized_dir, tune_codes=config.tune_codes, length=length, device=device)
@@ -137,8 +143,15 @@ def planned(student: Student, config: QuantizationConfig, length: int, device: t
         batch=config.tune_batch,
         length=length,
         tune_codes=config.tune_codes,
-        free=torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held,
+        free=free_bytes(device) + torch.cuda.memory_allocated(device) - held,
     )
+
+
+def _teacher_batch(config: Any, length: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return _TEACHER_BATCH_WITHOUT_GPU
+    widest = max(config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return max(1, _TEACHER_VALUES // (length * widest))
 
 
 def _written(
@@ -161,7 +174,8 @@ def _written(
         head = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
         window = 2 * model.config.num_hidden_layers * heads * head * length * model.dtype.itemsize
         window += _LOGIT_TABLES * 4 * model.config.vocab_size
-        batch = max(1, min(count, _WRITING_BATCH, torch.cuda.mem_get_info(device)[0] // 4 // window))
+        most = max(1, min(count, _WRITING_BATCH, free_bytes(device) // 4 // window))
+        batch = math.ceil(count / math.ceil(count / most))  # equal ones: steps are recorded for one size
     return written_by_model(
         model, samples, count=count, length=length, batch=batch, seed=seed, progress=tell("write text")
     )

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_gptq.errors import InputError
+from marlin_gptq.errors import InputError, QuantizationError
+from marlin_gptq.modeling.attention import sdpa_configs, shares_keys
 from marlin_gptq.modeling.decoding import Decoder, why_not
-from marlin_gptq.modeling.sampling import sample
+from marlin_gptq.modeling.sampling import draw
 
 WINDOW = 1024
 # Windows of packed calibration text that pass a block at once.
@@ -75,10 +76,17 @@ def written_by_model(
             if place > prompt:
                 decoder.tokens.copy_(window[:, place - 1])
                 logits = decoder.step()
-            window[:, place] = sample(logits, 1.0, 1.0, sampler)
+            window[:, place] = draw(logits, sampler)
             if progress is not None and ((place + 1) % _TOLD == 0 or place + 1 == length):
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)  # the host asks for steps long before they are done
                 share = len(ids) * (place + 1 - prompt) // (length - prompt)
                 progress(sum(map(len, written)) + share, count)
+        if not torch.isfinite(logits).all():  # once NaN is among a text's keys and values it stays
+            raise QuantizationError(
+                f"logits: NaN or Inf in {str(logits.dtype).removeprefix('torch.')} after {length} tokens that the "
+                "model wrote itself; check the checkpoint, or use --tune-written 0"
+            )
         written.append(window.cpu())
     return torch.cat(written)
 
@@ -86,9 +94,8 @@ def written_by_model(
 def _recorded(model: Any, length: int) -> bool:
     """Whether steps are recorded, on a cache of fixed size: launched one by one, small kernels wait for the host.
 
-    Not where query heads share keys: with a cache of fixed size transformers then copies all of it out for every query
-    head at every step, which costs a large batch more than the waiting.
+    Not where query heads share keys with an attention other than sdpa: with a cache of fixed size transformers then
+    copies all of it out for every query head at every step, which costs a large batch more than the waiting.
     """
-    config = model.config
-    shared = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) != config.num_attention_heads
-    return not shared and not why_not(model, length, graphs=True, compiled=False)
+    copied = shares_keys(model.config) and not sdpa_configs(model)
+    return not copied and not why_not(model, length, graphs=True, compiled=False)
