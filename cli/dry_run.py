@@ -42,7 +42,16 @@ def estimate(
     or not within the limit.
     """
     from marlin_gptq.calibration import sequence_length
-    from marlin_gptq.estimates import Job, Plan, memory, memory_on_cpu, plan_within, seconds, stored_tensors
+    from marlin_gptq.estimates import (
+        SIDE_BY_SIDE,
+        Job,
+        Plan,
+        memory,
+        memory_on_cpu,
+        plan_within,
+        seconds,
+        stored_tensors,
+    )
     from marlin_gptq.modeling.outline import outline
     from marlin_gptq.requirements import require_combination
     from marlin_gptq.tuning.text import PACKED_BATCH, WINDOW
@@ -63,7 +72,7 @@ def estimate(
     def job(compute_bytes: int) -> Job:
         return Job.of(config, tokens, longest, compute_bytes, shard_size)
 
-    plan = Plan("device" if spill in (None, "none") else spill)
+    plan = Plan("device" if spill in (None, "none") else spill, side_by_side=SIDE_BY_SIDE)
     if limit is not None:
         plan = plan_within(made, job(2), limit, spill)
     gpu = memory(made, job(2), plan)

@@ -23,7 +23,7 @@ from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Costs
 from marlin_gptq.distributed import Team, share_out
 from marlin_gptq.errors import InputError
-from marlin_gptq.estimates import Plan, hessian_passes, side_by_side
+from marlin_gptq.estimates import Job, Plan, hessian_passes, side_by_side
 from marlin_gptq.group_solver import GroupSolver, Solved
 from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.architecture import require_finite
@@ -256,7 +256,8 @@ class BlockRun:
             partial(self._told, index),
         )  # fmt: skip
         solved: dict[str, Solved] = {}
-        for together in side_by_side([(group, _shape(group, linears)) for group in own], self.plan.side_by_side):
+        shapes = [(group, _shape(group, linears)) for group in own]
+        for together in side_by_side(shapes, self.plan.side_by_side, Job.of(self.config, 0, 0, 2, 0)):
             solved |= solver.solve(together)
         self.solved = 0
         for group, owner in zip(groups, owners, strict=True):

@@ -53,11 +53,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "signed_scales": True,
         "act_order": "groups",
         "refine_sweeps": 2,
-        "tune_steps": 3000,
+        "tune_steps": 4000,
         "tune_codes": True,
         "tune_batch": 16,
         "tune_rate": 5e-4,
-        "tune_written": 6144,
+        "tune_written": 8192,
     },
     "fast": {
         "damp_percent": 0.01,

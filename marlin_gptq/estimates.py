@@ -6,7 +6,7 @@ Memory is the largest of a run's phases, each the sum of what is then alive; the
     forward    block + Hessians being summed + what the largest pack of samples needs on its way through the block
     factor     block + Hessians + the matrices that one factorisation works on
     solve      block + Hessians + factor + copies of one stacked weight + scratch of the clipping search in plain torch
-               (the fused loops of a GPU need less of it)
+               (the fused loops of a GPU need less of it); where several are solved side by side, of all of them
 
 docs/benchmarks.md compares them with measured runs.
 """
@@ -37,10 +37,12 @@ REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual,
 # Values per token and channel alive in a block's forward: residual, norm, attention's operands and result; gate, up,
 # their product.
 FORWARD_HIDDEN, FORWARD_INNER = 6, 3
-# Of weights that are solved side by side on a GPU, whose fused loops have no scratch; counted, not measured: float32
-# matrices like the Hessian (H, its factor, H damped, one in another order); bytes per weight (stacked, compensated, its
-# code, and what the refinement works on).
-BESIDE_SQUARES, BESIDE_WEIGHTS = 4, 20
+# Of weights that are solved side by side on a GPU, whose fused loops have no scratch: float32 matrices like the Hessian
+# (itself, its factor), and bytes per weight (stacked, compensated, codes, transposed pieces). Fitted to one run, on an
+# H200.
+BESIDE_SQUARES, BESIDE_WEIGHTS = 2, 16
+# Bytes that they take at most, where there is more than enough: larger ones fill a GPU alone.
+SIDE_BY_SIDE = 12_000_000_000
 _STREAMS = 4
 # Measured time over what `seconds` counts: five runs on a CPU took 1.13 to 1.39 of it.
 OTHER_WORK = 1.25
@@ -240,15 +242,15 @@ def hessian_passes(groups: list[tuple[str, int]], hessian_bytes: int | None) -> 
     return passes
 
 
-def side_by_side(groups: Sequence[tuple[Group, tuple[int, int]]], limit: int) -> list[list[Group]]:
+def side_by_side(groups: Sequence[tuple[Group, tuple[int, int]]], limit: int, job: Job) -> list[list[Group]]:
     """Groups, with (out_features, in_features) of each one's stacked weight, in batches of at most `limit` bytes.
 
     A single one may take more. A batch has _STREAMS groups at most: more would leave none of the GPU idle either.
     """
     batches: list[list[Group]] = []
     used = 0
-    for group, (rows, features) in groups:
-        size = beside_bytes(rows, features)
+    for group, shape in groups:
+        size = beside_bytes(shape, job)
         if batches and used + size <= limit and len(batches[-1]) < _STREAMS:
             batches[-1].append(group)
             used += size
@@ -258,10 +260,10 @@ def side_by_side(groups: Sequence[tuple[Group, tuple[int, int]]], limit: int) ->
     return batches
 
 
-def beside_bytes(rows: int, features: int) -> int:
-    """What a weight takes beside others until all are solved: H, its factor and copies of them; the weight, what
-    remains of it, its codes."""
-    return BESIDE_SQUARES * 4 * features**2 + BESIDE_WEIGHTS * rows * features
+def beside_bytes(shape: tuple[int, int], job: Job) -> int:
+    """What a weight [out_features, in_features] takes until all of its batch are solved."""
+    rows, features = shape
+    return (BESIDE_SQUARES + _beside_solve(job)) * 4 * features**2 + BESIDE_WEIGHTS * rows * features
 
 
 def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float) -> float:
@@ -311,6 +313,9 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
         rows = min(stacked, plan.rows or stacked)
         factored = (2 + _beside_solve(job)) * square if job.tokens else 0
         yield "solve", hessians + factored + _solve_bytes(block, name, stacked, rows, features, job)
+    shapes = [(sum(x.out_features for x in block.quantized if x.input == name), features) for name, features in inputs]
+    for batch in side_by_side([(shape, shape) for shape in shapes], plan.side_by_side, job) if job.tokens else ():
+        yield "solve", hessians + (len(batch) > 1) * sum(beside_bytes(shape, job) for shape in batch)
 
 
 def _beside_factor(job: Job) -> int:

@@ -29,7 +29,7 @@ from marlin_gptq.costs import Cost, Costs
 from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
-from marlin_gptq.estimates import Job, Plan, plan_within, streams
+from marlin_gptq.estimates import SIDE_BY_SIDE, Job, Plan, plan_within, streams
 from marlin_gptq.modeling.architecture import read_config, require_full_precision
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import outline
@@ -50,8 +50,6 @@ from marlin_gptq.tuning.text import packed
 from marlin_gptq.work_directory import WorkDirectory, model_digest
 
 logger = logging.getLogger(__name__)
-# Bytes that weights solved side by side take at most, where there is more than enough: beyond, they fill a GPU alone.
-_SIDE_BY_SIDE = 12_000_000_000
 
 ALONE = Team()
 
@@ -220,7 +218,7 @@ def _plan(
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), number)
         return plan
     free = free_bytes(device)
-    beside = min(_SIDE_BY_SIDE, free // 8)
+    beside = min(SIDE_BY_SIDE, free // 8)
     if spill is not None:
         return Plan({"none": "device"}.get(spill, spill), side_by_side=beside)
     waiting = streams(job) * job.tokens * read_config(model_dir).hidden_size * job.compute_bytes

@@ -62,8 +62,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "best, calibration text only": ("best", {"tune_written": 0}),
     "best, corrected target 0.25": ("best", {"correct_target": 0.25}),
     "best, larger rates": ("best", {"tune_rate": 7e-4, "tune_scale_rate": 1e-3}),
-    "best, a third as long": ("best", {"tune_steps": 1000, "tune_written": 2048}),
+    "best, a quarter as long": ("best", {"tune_steps": 1000, "tune_written": 2048}),
     "fast": ("fast", {}),
+    "fast, untuned": ("fast", {"tune_steps": 0}),
+    "fast, 100 steps": ("fast", {"tune_steps": 100}),
+    "fast, 100 steps, twice the rate": ("fast", {"tune_steps": 100, "tune_rate": 2e-3}),
+    "fast, 4 windows a step": ("fast", {"tune_batch": 4}),
+    "fast, 1 sweep": ("fast", {"refine_sweeps": 1}),
     "best": ("best", {}),
 }
 

@@ -17,6 +17,7 @@ from marlin_gptq.errors import CheckpointError, InputError, QuantizationError
 from marlin_gptq.modeling import blocks
 from marlin_gptq.modeling.architecture import block_linears, decoder_blocks, read_config, require_divisible
 from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.modeling.observe import collect_hessians, stages
 
 CPU = torch.device("cpu")
 LLAMA3_ROPE = {
@@ -213,3 +214,24 @@ def test_unknown_tensors_are_listed_and_rotary_tables_ignored(tmp_path: Path) ->
         {"model.extra": torch.zeros(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)},
     )
     assert BlockStream(directory, device=CPU).unknown_tensors() == ["model.extra"]
+
+
+def test_calibration_stops_behind_the_inputs_it_wants(tmp_path: Path) -> None:
+    stream = BlockStream(save_tiny_model(tmp_path), device=torch.device("cpu"))
+    hidden = torch.randn(1, 9, stream.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    ran: list[str] = []
+    with stream.block(0) as block:
+        linears = block_linears(block, stream.block_name(0))
+        groups = [group for stage in stages(stream, 0, linears, hidden) for group in stage]
+        for name, linear in linears.items():
+            linear.register_forward_hook(lambda *_, name=name: ran.append(name.rpartition(".")[2]))
+        whole = collect_hessians(stream, 0, groups, linears, [(hidden, (9,))])
+        assert ran == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]  # not the last one, behind all
+        ran.clear()
+        first = collect_hessians(stream, 0, groups[:1], linears, [(hidden, (9,)), (hidden, (9,))])
+        assert ran == []
+        assert first.tokens == {groups[0][0]: 18} and whole.tokens == {group[0]: 9 for group in groups}
+        torch.testing.assert_close(first.hessians[groups[0][0]].mean(), whole.hessians[groups[0][0]].mean())
+        ran.clear()
+        stream.run(0, hidden)
+        assert len(ran) == len(linears)  # nothing is left behind that would stop it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import re
 import signal
@@ -395,3 +396,20 @@ def test_ctrl_c_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     assert errors.strip().split("\n")[-1] == f"error: interrupted: nothing was written under {tmp_path / 'out'}"
     assert "Traceback" not in errors and output == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_of_its_own_does_not_find_what_the_command_leaves_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = failures.Command("name", callback=lambda: None, unused=("surely_not_there",))
+    monkeypatch.setattr(failures.gc, "freeze", lambda: None)
+    with pytest.raises(SystemExit):
+        command.main([])  # called from another program
+    assert "surely_not_there" not in sys.modules
+    monkeypatch.setattr(sys, "argv", ["name"])
+    try:
+        with pytest.raises(SystemExit):
+            command.main()
+        with pytest.raises(ImportError):
+            __import__("surely_not_there")
+        assert importlib.util.find_spec("surely_not_there") is None
+    finally:
+        del sys.modules["surely_not_there"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,14 @@ from marlin_gptq.config import Override
 from marlin_gptq.estimates import (
     Job,
     Plan,
+    beside_bytes,
     hessian_passes,
     memory,
     memory_on_cpu,
     output_bytes,
     plan_within,
     seconds,
+    side_by_side,
     stored_tensors,
 )
 from marlin_gptq.modeling.outline import outline
@@ -80,6 +83,7 @@ def test_types_are_named(tmp_path: Path) -> None:
 MEASURED_RUN = """
 import sys, torch
 from pathlib import Path
+from typing import Any
 from marlin_gptq import QuantizationConfig, quantize_model
 from marlin_gptq.cli.dry_run import resident_bytes
 from marlin_gptq.estimates import Job, Plan, memory_on_cpu
@@ -223,6 +227,43 @@ def test_a_gpu_limit_needs_a_gpu(tmp_path: Path) -> None:
         quantize_model(source, tmp_path / "out", QuantizationConfig(), random_samples(2), device=CPU, max_gpu_memory=1)
 
 
+def test_what_is_solved_side_by_side_keeps_within_its_limit() -> None:
+    job = Job(1000, 100, 2, 10**9)
+    shapes = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
+    groups = [(str(shape), shape) for shape in shapes]
+    names = [name for name, _ in groups]
+    sizes = [beside_bytes(shape, job) for shape in shapes]
+    assert side_by_side(groups, 0, job) == [[name] for name in names]
+    assert side_by_side(groups, sum(sizes), job) == [names]
+    assert side_by_side(groups, sum(sizes) - 1, job) == [names[:3], names[3:]]
+    assert side_by_side(groups * 2, 10 * sum(sizes), job) == [names, names], "four at most"
+    assert beside_bytes((1, 64), replace(job, sweeps=1)) > beside_bytes((1, 64), job)
+
+
+def test_solving_side_by_side_is_reckoned_with(tmp_path: Path) -> None:
+    found = outline(save_tiny_model(tmp_path), QuantizationConfig(clip=False))
+    job = Job(10, 10, 2, 10**9, clip=False)
+    alone = memory(found, job, Plan())
+    together = memory(found, job, Plan(side_by_side=10**9))
+    assert together.device > alone.device and together.phase == "solve"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"refine_sweeps": 1, "act_order": "groups", "signed_scales": True}])
+def test_solving_side_by_side_changes_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    source, samples, found = save_tiny_model(tmp_path / "source"), random_samples(8), []
+    for size in (0, 10**10):
+        monkeypatch.setattr(pipeline, "_plan", lambda *_, size=size: Plan(side_by_side=size))
+        config = QuantizationConfig(**changes)
+        report = quantize_model(source, tmp_path / str(size), config, samples, device=torch.device("cuda"))
+        found.append((tmp_path / str(size) / "model.safetensors").read_bytes())
+        assert all(record.seconds > 0 for record in report.records)
+        assert sum(cost["seconds"] for cost in report.costs.values()) == pytest.approx(report.seconds, rel=0.02)
+    assert found[0] == found[1]
+
+
 @pytest.mark.gpu
 def test_a_limit_on_the_gpu_changes_no_bit(tmp_path: Path) -> None:
     source, samples = save_tiny_model(tmp_path / "source"), random_samples(8)
@@ -283,7 +324,7 @@ def test_dry_run_says_what_the_tuning_adds(tmp_path: Path) -> None:
     model = config_only(tmp_path / "model", **SEVEN_B)
     text = dry(model, "--preset", "best")
     assert "(memory, time and plan are those of the pass over the blocks, without the tuning)" in text
-    assert "tuning       3000 steps of 16 windows, on a GPU with 11" in text
+    assert "tuning       4000 steps of 16 windows, on a GPU with 11" in text
     found, plain = (json.loads(dry(model, "--preset", "best", "--json", *more)) for more in ((), ("--tune-steps", 0)))
     assert plain["tuning"] is None and found["peak_gpu_bytes"] == plain["peak_gpu_bytes"]
     assert 105e9 < found["tuning"]["least_gpu_bytes"] < 120e9 < found["tuning"]["most_gpu_bytes"]

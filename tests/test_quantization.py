@@ -72,6 +72,22 @@ def test_hessian_is_two_x_xt_per_token() -> None:
         Hessian(8, torch.device("cpu")).mean()
 
 
+@pytest.mark.parametrize("features", [128, 129, 640, 1100])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_hessian_summed_in_panels_is_whole_and_symmetric(features: int, device: str) -> None:
+    vectors = random_weight(200, features, seed=1).half().to(device)
+    hessian = Hessian(features, vectors.device)
+    for part in vectors.split(64):
+        hessian.add(part)
+    found = hessian.mean()
+    exact = vectors.double()
+    torch.testing.assert_close(found.double(), 2 * exact.t() @ exact / 200, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, found.t(), rtol=1e-5, atol=1e-7)
+    capped = Hessian(features, vectors.device)
+    capped.add(vectors, token_cap=1e9)  # limits nothing
+    torch.testing.assert_close(capped.mean(), found, rtol=1e-5, atol=1e-6)
+
+
 def test_damping_lifts_the_diagonal_and_revives_dead_features() -> None:
     hessian = torch.diag(torch.tensor([2.0, 4.0, 0.0]))
     torch.testing.assert_close(damp(hessian, 0.1), torch.diag(torch.tensor([2.3, 4.3, 3.3])))

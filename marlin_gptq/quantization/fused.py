@@ -11,8 +11,9 @@ What differs from the twins is the rounding of float32 sums, nothing else:
   product with 1/s;
 - `quantize_columns` and `descend_columns` subtract error·U and move·H with one rounding (a fused multiply-add) where
   torch may round the product too.
-Quotients, codes and stored scales that a result holds are rounded exactly as in the twins. A weight that lies midway between two codes, or
-a row with two scales of nearly equal error, may so fall the other way, and what comes after it in the row follows.
+Quotients, codes and stored scales that a result holds are rounded exactly as in the twins. A weight that lies midway
+between two codes, or a row with two scales of nearly equal error, may so fall the other way, and what comes after it in
+the row follows.
 
 A row's result does not depend on the rows beside it: every program works on whole rows of one fixed tile in one fixed
 order, and no code is specialized to the number of rows. A weight solved in pieces, or by several GPUs of one kind,
