@@ -23,7 +23,7 @@ from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Costs
 from marlin_gptq.distributed import Team, share_out
 from marlin_gptq.errors import InputError
-from marlin_gptq.estimates import Job, Plan, hessian_passes, side_by_side
+from marlin_gptq.estimates import Job, Plan, beside_bytes, hessian_passes, side_by_side
 from marlin_gptq.group_solver import GroupSolver, Solved
 from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.architecture import require_finite
@@ -38,6 +38,8 @@ from marlin_gptq.report import LinearRecord, ProgressEvent
 from marlin_gptq.work_directory import WorkDirectory
 
 logger = logging.getLogger(__name__)
+# Bytes of a batch of solves from which on torch's unused memory is given back before: it takes milliseconds.
+_MUCH = 6_000_000_000
 
 
 @dataclass
@@ -256,8 +258,10 @@ class BlockRun:
             partial(self._told, index),
         )  # fmt: skip
         solved: dict[str, Solved] = {}
+        job = Job.of(self.config, 0, 0, 2, 0)
         shapes = [(group, _shape(group, linears)) for group in own]
-        for together in side_by_side(shapes, self.plan.side_by_side, Job.of(self.config, 0, 0, 2, 0)):
+        for together in side_by_side(shapes, self.plan.side_by_side, job):
+            self._make_room(sum(beside_bytes(_shape(group, linears), job) for group in together))
             solved |= solver.solve(together)
         self.solved = 0
         for group, owner in zip(groups, owners, strict=True):
@@ -268,6 +272,11 @@ class BlockRun:
                 with self.costs.measure("pack"):
                     packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
                 self.quantized.append((linears[name], part))
+
+    def _make_room(self, size: int) -> None:
+        """Before work on gigabytes: what torch keeps for the next forward would stand beside it, in other pieces."""
+        if size > _MUCH and self.stream.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _told(self, index: int, name: str, error: float) -> None:
         self.solved += 1

@@ -63,7 +63,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "damp_percent": 0.01,
         "signed_scales": True,
         "act_order": "groups",
-        "refine_sweeps": 2,
+        "refine_sweeps": 1,
         "pack": True,
         "tune_steps": 250,
         "tune_codes": True,

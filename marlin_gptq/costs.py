@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ class Costs:
         self._look()
         started = time.perf_counter()
         current = torch.cuda.current_stream(self.device)
-        made = [StreamCosts(self.device) for _ in range(count)]
+        made = [StreamCosts(self.device, number) for number in range(count)]
         for one in made:
             one.stream.wait_stream(current)
         try:
@@ -78,10 +79,10 @@ class Costs:
 
         So all stages together are the time since then, which is returned, if all were measured since then.
         """
-        self._look()
+        peak = self._look()
         passed = time.perf_counter() - since
         left = passed - sum(cost["seconds"] for cost in self.by_name.values())
-        self._add(name, Cost(seconds=max(0.0, left), peak_gpu_bytes=None))
+        self._add(name, Cost(seconds=max(0.0, left), peak_gpu_bytes=peak))
         return passed
 
     def peak_gpu_bytes(self) -> int | None:
@@ -106,9 +107,9 @@ class StreamCosts(Costs):
     seconds  the share of the time of all of them that fell to this one, once `Costs.streams` is left.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, number: int) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _stream(torch.cuda.current_device() if device.index is None else device.index, number)
         self.seconds = 0.0
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -135,3 +136,9 @@ class StreamCosts(Costs):
     def total(self) -> float:
         """Seconds of all stages together."""
         return sum(cost["seconds"] for cost in self.by_name.values())
+
+
+@functools.cache
+def _stream(device: int, number: int) -> torch.cuda.Stream:
+    """The same ones every time: cuBLAS keeps 32 MiB of scratch for each stream that it has ever worked on."""
+    return torch.cuda.Stream(device)

@@ -39,8 +39,8 @@ REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual,
 FORWARD_HIDDEN, FORWARD_INNER = 6, 3
 # Of weights that are solved side by side on a GPU, whose fused loops have no scratch: float32 matrices like the Hessian
 # (itself, its factor), and bytes per weight (stacked, compensated, codes, transposed pieces). Fitted to one run, on an
-# H200.
-BESIDE_SQUARES, BESIDE_WEIGHTS = 2, 16
+# H200, less the scratch of cuBLAS for streams that are no longer made.
+BESIDE_SQUARES, BESIDE_WEIGHTS = 2, 12
 # Bytes that they take at most, where there is more than enough: larger ones fill a GPU alone.
 SIDE_BY_SIDE = 12_000_000_000
 _STREAMS = 4

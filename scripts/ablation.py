@@ -68,7 +68,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fast, 100 steps": ("fast", {"tune_steps": 100}),
     "fast, 100 steps, twice the rate": ("fast", {"tune_steps": 100, "tune_rate": 2e-3}),
     "fast, 4 windows a step": ("fast", {"tune_batch": 4}),
-    "fast, 1 sweep": ("fast", {"refine_sweeps": 1}),
+    "fast, 2 sweeps": ("fast", {"refine_sweeps": 2}),
     "best": ("best", {}),
 }
 
