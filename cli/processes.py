@@ -28,6 +28,8 @@ def team(device: str) -> Iterator[Team]:
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda:
         torch.cuda.set_device(_local_rank())
+        cores, here = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        torch.set_num_threads(threads_beside_gpu(torch.get_num_threads(), cores, here))
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield Team(dist.get_rank(), size)
@@ -42,6 +44,15 @@ def own_device(device: torch.device) -> torch.device:
     import torch
 
     return torch.device("cuda", _local_rank())
+
+
+def threads_beside_gpu(given: int, cores: int, processes: int) -> int:
+    """Threads for what the host does in one of `processes` that share `cores`, each of them with a GPU.
+
+    torchrun gives every process a single one, unless told otherwise; with it the checks and copies of a large table
+    keep the GPUs waiting. No result depends on the number where a GPU computes.
+    """
+    return given if given > 1 else max(1, min(8, cores // processes))
 
 
 def threads_as_leader(team: Team) -> None:

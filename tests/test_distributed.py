@@ -14,6 +14,7 @@ from helpers import EXPERT_MODELS, random_samples, save_tiny_model
 
 from marlin_gptq import InputError, QuantizationConfig, quantize_model
 from marlin_gptq.checkpoint import TensorStore
+from marlin_gptq.cli.processes import threads_beside_gpu
 from marlin_gptq.distributed import Team, share_out
 
 CPU = torch.device("cpu")
@@ -136,3 +137,10 @@ def test_sharing_out() -> None:
     shares = [Team(rank, 4).mine(list(range(40)), costs) for rank in range(4)]
     assert sorted(item for share in shares for item in share) == list(range(40))
     assert Team().mine(list(range(40)), costs) == list(range(40)), "alone, in the order given"
+
+
+def test_processes_with_a_gpu_each_share_the_cores() -> None:
+    assert threads_beside_gpu(1, cores=32, processes=2) == 8
+    assert threads_beside_gpu(1, cores=8, processes=4) == 2
+    assert threads_beside_gpu(1, cores=2, processes=4) == 1
+    assert threads_beside_gpu(3, cores=32, processes=2) == 3, "what somebody asked for stays"
