@@ -104,8 +104,8 @@ class Job:
         """The pass over the blocks that `config` asks for; its end-to-end tuning is not part of it."""
         tuned = None
         if config.tunes_blocks and tokens:
-            batch = max(longest, config.tune_batch * min(longest, _USUAL_TOKENS))
             window = min(longest, WINDOW) if config.pack else longest
+            batch = max(window, config.tune_batch * min(window, _USUAL_TOKENS))
             tuned = TunedBlocks(config.tune_block_steps, min(tokens, batch), config.tune_codes, window)
         return cls(
             tokens,
@@ -363,7 +363,7 @@ def _tune_bytes(outline: Outline, block: BlockOutline, job: Job, tuned: TunedBlo
         hidden_size=outline.hidden,
         intermediate_size=max(max(x.in_features, x.out_features) for x in block.linears),
     )
-    pack = min(job.tokens, max(job.longest, TUNED_TOKENS))
+    pack = min(job.tokens, max(tuned.sequence, TUNED_TOKENS))
     kept = fixed_bytes(sizes, tuned.moving) + backward_bytes(sizes, pack, checkpointing=False)
     kept += sizes.weights * (job.compute_bytes - 2)  # dequantized weights in float32 on a CPU
     scores = outline.heads * tuned.sequence * 4 * (pack + 2 * tuned.sequence)  # of all samples, and what makes one's

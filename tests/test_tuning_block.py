@@ -31,9 +31,9 @@ from marlin_gptq.tuning.block import tune_block
 
 CPU = torch.device("cpu")
 PASS = QuantizationConfig(group_size=64, damp_percent=1.0, clip=False, signed_scales=True)
-# Random weights forget nothing by chance: rates and steps are those that show an effect in a few seconds.
-TUNED = replace(PASS, tune_block_steps=30, tune_codes=True, tune_batch=4, tune_rate=3e-3, tune_scale_rate=1e-3)
-SAMPLES = random_samples(40)
+# Rates and steps that show an effect in a few seconds.
+TUNED = replace(PASS, tune_block_steps=30, tune_codes=True, tune_batch=8, tune_rate=2e-3, tune_scale_rate=1e-3)
+SAMPLES = random_samples(60, longest=128)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class Activations:
         else:
             self._held[position] = hidden
 
-    def joined(self, pack: Sequence[int]) -> Tensor:
+    def joined(self, pack: range) -> Tensor:
         """The tensors at these positions one behind the other, [1, ΣT, width]; of one position the tensor itself."""
         tensors = [self[position] for position in pack]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)

@@ -2,14 +2,14 @@
 gives with its full-precision weights.
 
 What the end-to-end tuning does for the whole model this does with one block on the device. Not the model's output is
-kept but every block's (reconstruction of blocks: Li et al., BRECQ, arXiv 2102.05426; with all weights of a block moving:
-Chen et al., EfficientQAT, arXiv 2407.11062; rounding by gradient: Cheng et al., AutoRound, arXiv 2309.05516).
+kept but every block's (reconstruction of blocks: Li et al., BRECQ, arXiv 2102.05426; with all weights of a block
+moving: Chen et al., EfficientQAT, arXiv 2407.11062; rounding by gradient: Cheng et al., AutoRound, arXiv 2309.05516).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -68,13 +68,14 @@ def tune_block(
     """
     prefix = f"{stream.block_name(index)}."
     own = {name: f"{name.removeprefix(prefix)}.weight" for name in parts}
-    judged = list(range(0, len(inputs), _JUDGED))
-    learnt = [position for position in range(len(inputs)) if position % _JUDGED] or judged
-    before = _error(stream, index, {own[name]: part for name, part in parts.items()}, {}, inputs, judged)
+    samples = _Samples(stream, index, inputs)
+    judged = list(range(0, len(samples), _JUDGED))
+    learnt = [number for number in range(len(samples)) if number % _JUDGED] or judged
+    before = _error({own[name]: part for name, part in parts.items()}, {}, samples, judged)
     tunable = _Tunable(stream.block_module(index), originals, parts, own, config.tune_codes)
-    _learn(stream, index, tunable, inputs, learnt, config, progress)
+    _learn(tunable, samples, learnt, config, progress)
     tuned, norms = tunable.stored(target)
-    after = _error(stream, index, tuned, norms, inputs, judged)
+    after = _error(tuned, norms, samples, judged)
     found = {name: tuned[own[name]] for name in parts}
     moved = sum(int((found[name].codes != part.codes).sum()) for name, part in parts.items())
     record = BlockRecord(
@@ -92,6 +93,25 @@ def summary(record: BlockRecord) -> str:
     """For people."""
     after = "NaN" if record.error_after is None else f"{record.error_after:.5f}"
     return f"tuned: error {record.error_before:.5f} -> {after}" + ("" if record.kept else ", not kept")
+
+
+class _Samples:
+    """What passes the block: documents or, where they wait in batches, every window by itself; by number."""
+
+    def __init__(self, stream: BlockStream, index: int, inputs: Activations) -> None:
+        self.stream, self.index, self.inputs = stream, index, inputs
+        self.places = [(position, row) for position, (rows, _) in enumerate(inputs.shapes) for row in range(rows)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def packs(self, chosen: list[int]) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """(hidden states [1, ΣT, hidden_size], lengths) of those chosen that pass the block together."""
+        places = [self.places[number] for number in chosen]
+        lengths = [self.inputs.shapes[position][1] for position, _ in places]
+        for pack in self.stream.packs(self.index, [(1, length) for length in lengths], TUNED_TOKENS):
+            parts = [self.inputs[position][row : row + 1] for position, row in places[pack.start : pack.stop]]
+            yield torch.cat(parts, dim=1), tuple(lengths[pack.start : pack.stop])
 
 
 class _Tunable:
@@ -146,35 +166,29 @@ class _Tunable:
         return {name: start.float() * (1 + self.shifts[name]) for name, start in self.norms.items()}
 
 
+@torch.enable_grad()
 def _learn(
-    stream: BlockStream,
-    index: int,
     tunable: _Tunable,
-    inputs: Activations,
+    samples: _Samples,
     learnt: list[int],
     config: QuantizationConfig,
     progress: Callable[[int], None] | None,
 ) -> None:
-    steps, device = config.tune_block_steps, stream.device
+    stream, index, steps = samples.stream, samples.index, config.tune_block_steps
+    device = stream.device
     rates = Rates(config.tune_scale_rate, config.tune_scale_rate, config.tune_rate)
     way: dict[str, bool] = {"fused": True} if device.type == "cuda" else {"foreach": True}
     optimizer = torch.optim.Adam(tunable.groups(rates), betas=BETAS, eps=1e-12, **way)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
-    # Where samples are batches of windows already, as many of those as have so many windows.
-    rows = max(inputs.shapes[position][0] for position in learnt)
-    batch = min(len(learnt), max(1, config.tune_batch // rows))
+    batch = min(len(learnt), config.tune_batch)
     for number, chosen in enumerate(batches(len(learnt), batch, steps, seed=index), start=1):
-        packs = _packs(stream, index, inputs, [learnt[place] for place in chosen.tolist()])
-        arriving = [inputs.joined(pack) for pack in packs]
-        wanted = [stream.run(index, x, _lengths(inputs, pack)) for x, pack in zip(arriving, packs, strict=True)]
-        change = sum(_squares(y, x) for x, y in zip(arriving, wanted, strict=True))
+        packs = list(samples.packs([learnt[place] for place in chosen.tolist()]))
+        wanted = [stream.run(index, x, lengths) for x, lengths in packs]
+        change = sum(_squares(y, x) for (x, _), y in zip(packs, wanted, strict=True))
         optimizer.zero_grad(set_to_none=True)
-        for x, y, pack in zip(arriving, wanted, packs, strict=True):
-            with (
-                torch.enable_grad(),
-                torch.autocast(device.type, torch.bfloat16, enabled=stream.dtype != torch.float32),
-            ):
-                found = stream.run_with(index, tunable.tensors(), x.float(), _lengths(inputs, pack))
+        for (x, lengths), y in zip(packs, wanted, strict=True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=stream.dtype != torch.float32):
+                found = stream.run_with(index, tunable.tensors(), x.float(), lengths)
             (_squares(found, y) / change).backward()
         optimizer.step()
         schedule.step()
@@ -185,19 +199,14 @@ def _learn(
 
 @torch.no_grad()
 def _error(
-    stream: BlockStream,
-    index: int,
-    weights: Mapping[str, QuantizedWeight],
-    norms: Mapping[str, Tensor],
-    inputs: Activations,
-    judged: list[int],
+    weights: Mapping[str, QuantizedWeight], norms: Mapping[str, Tensor], samples: _Samples, judged: list[int]
 ) -> float:
     """Of the block with these weights, as it will run: Σ‖block(x) − block₀(x)‖² / Σ‖block₀(x) − x‖² over samples x."""
+    stream, index = samples.stream, samples.index
     tensors = {name: part.dequantize().to(stream.dtype) for name, part in weights.items()}
     tensors |= {name: norm.to(stream.dtype) for name, norm in norms.items()}
     difference = change = 0.0
-    for pack in _packs(stream, index, inputs, judged):
-        x, lengths = inputs.joined(pack), _lengths(inputs, pack)
+    for x, lengths in samples.packs(judged):
         y = stream.run(index, x, lengths)
         difference += float(_squares(stream.run_with(index, tensors, x, lengths), y, torch.float64))
         change += float(_squares(y, x, torch.float64))
@@ -206,13 +215,3 @@ def _error(
 
 def _squares(one: Tensor, other: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (one.float() - other.float()).square().sum(dtype=dtype)
-
-
-def _packs(stream: BlockStream, index: int, inputs: Activations, positions: list[int]) -> list[list[int]]:
-    """These samples in packs that pass the block together."""
-    shapes = [inputs.shapes[position] for position in positions]
-    return [[positions[place] for place in pack] for pack in stream.packs(index, shapes, TUNED_TOKENS)]
-
-
-def _lengths(inputs: Activations, pack: Sequence[int]) -> tuple[int, ...]:
-    return tuple(inputs.shapes[position][1] for position in pack)

@@ -115,7 +115,9 @@ def tune_checkpoint(
         seconds=first.seconds + seconds,
         costs=first.costs | costs.by_name,
         peak_gpu_bytes=_larger(first.peak_gpu_bytes, costs.peak_gpu_bytes()),
-        records=[rescaled(record, student.layers[record.name].quantized()) if helped else record for record in first.records],
+        records=[
+            rescaled(record, student.layers[record.name].quantized()) if helped else record for record in first.records
+        ],
         tuning={
             "windows": len(text),
             "window_tokens": length,
