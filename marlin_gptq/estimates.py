@@ -28,7 +28,6 @@ from marlin_gptq.quantization.grid import CLIP_RATIOS, SCRATCH_ELEMENTS
 from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.tuning.block import TUNED_TOKENS
 from marlin_gptq.tuning.memory import Sizes, fixed_bytes
-from marlin_gptq.tuning.memory import activation_bytes as backward_bytes
 from marlin_gptq.tuning.text import WINDOW
 
 # Measured on a CPU, in float32 copies of what they work on (memory at the peak less memory before):
@@ -42,6 +41,9 @@ REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual,
 # Values per token and channel alive in a block's forward: residual, norm, attention's operands and result; gate, up,
 # their product.
 FORWARD_HIDDEN, FORWARD_INNER = 6, 3
+# Those that a block's backward pass keeps or makes, of float32 and of the computing dtype. Measured on a CPU, never on a
+# GPU: three runs took 0.8 to 1.1 times what is counted with them.
+BACKWARD_HIDDEN, BACKWARD_INNER = 18, 8
 # Of weights that are solved side by side on a GPU, whose fused loops have no scratch: float32 matrices like the Hessian
 # (itself, its factor), and bytes per weight (stacked, compensated, codes, transposed pieces). Fitted to one run, on an
 # H200, less the scratch of cuBLAS for streams that are no longer made.
@@ -354,21 +356,23 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
 
 
 def _tune_bytes(outline: Outline, block: BlockOutline, job: Job, tuned: TunedBlocks) -> int:
-    """Of tuning one block: counted, not measured on a GPU."""
+    """Of tuning one block, beside its weights before and after they were solved."""
+    widest = max(max(x.in_features, x.out_features) for x in block.linears)
     sizes = Sizes(
         weights=sum(x.in_features * x.out_features for x in block.quantized),
         others=0,
         group_size=min(columns_per_group(x.in_features, x.group_size or -1) for x in block.quantized),
         blocks=1,
         hidden_size=outline.hidden,
-        intermediate_size=max(max(x.in_features, x.out_features) for x in block.linears),
+        intermediate_size=widest,
     )
     pack = min(job.tokens, max(tuned.sequence, TUNED_TOKENS))
-    kept = fixed_bytes(sizes, tuned.moving) + backward_bytes(sizes, pack, checkpointing=False)
-    kept += sizes.weights * (job.compute_bytes - 2)  # dequantized weights in float32 on a CPU
+    values = pack * (4 * BACKWARD_HIDDEN * outline.hidden + job.compute_bytes * BACKWARD_INNER * widest)
     scores = outline.heads * tuned.sequence * 4 * (pack + 2 * tuned.sequence)  # of all samples, and what makes one's
-    gradient = 6 * max(x.in_features * x.out_features for x in block.quantized)
-    return kept + scores + gradient + 2 * tuned.step_tokens * outline.hidden * job.compute_bytes
+    gradient = (4 + job.compute_bytes) * max(x.in_features * x.out_features for x in block.quantized)
+    samples = 2 * tuned.step_tokens * outline.hidden * job.compute_bytes
+    dequantized = sizes.weights * job.compute_bytes
+    return fixed_bytes(sizes, tuned.moving) + dequantized + values + scores + gradient + samples
 
 
 def _beside_factor(job: Job) -> int:

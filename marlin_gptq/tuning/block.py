@@ -210,7 +210,7 @@ def _error(
         y = stream.run(index, x, lengths)
         difference += float(_squares(stream.run_with(index, tensors, x, lengths), y, torch.float64))
         change += float(_squares(y, x, torch.float64))
-    return difference / change if change else math.inf
+    return difference / (change or 1.0)
 
 
 def _squares(one: Tensor, other: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
