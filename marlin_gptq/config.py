@@ -118,8 +118,8 @@ class QuantizationConfig:
     tune_rate     its learning rate for codes, in units of a code.
     tune_scale_rate  its learning rate for scales and norm weights, relative to their sizes.
     tune_written  windows of text that the model writes itself, which the tuning adds to the calibration text.
-    tune_block_steps  steps of tuning of each block by itself, against its full-precision outputs; 0 is none. tune_codes,
-                  tune_batch (samples a step), tune_rate and tune_scale_rate hold for it too.
+    tune_block_steps  steps of tuning of each block by itself, against its full-precision outputs; 0 is none.
+                  tune_codes, tune_batch (samples a step), tune_rate and tune_scale_rate hold for it too.
     skip          regular expressions; linears whose full name matches one (re.search) stay as they are.
     overrides     other settings for some linears; the first whose regular expression matches decides.
     """

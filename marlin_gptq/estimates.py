@@ -41,8 +41,8 @@ REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual,
 # Values per token and channel alive in a block's forward: residual, norm, attention's operands and result; gate, up,
 # their product.
 FORWARD_HIDDEN, FORWARD_INNER = 6, 3
-# Those that a block's backward pass keeps or makes, of float32 and of the computing dtype. Measured on a CPU, never on a
-# GPU: three runs took 0.8 to 1.1 times what is counted with them.
+# Those that a block's backward pass keeps or makes, of float32 and of the computing dtype. Measured on a CPU, never on
+# a GPU: three runs took 0.8 to 1.1 times what is counted with them.
 BACKWARD_HIDDEN, BACKWARD_INNER = 18, 8
 # Of weights that are solved side by side on a GPU, whose fused loops have no scratch: float32 matrices like the Hessian
 # (itself, its factor), and bytes per weight (stacked, compensated, codes, transposed pieces). Fitted to one run, on an
