@@ -59,6 +59,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "pass of best, true-sequential": ("marlin", _PASS | {"true_sequential": True}),
     "pass of best, corrected target 0.25": ("marlin", _PASS | {"correct_target": 0.25}),
     "pass of best, blocks tuned": ("marlin", _PASS | {"tune_block_steps": 250, "tune_codes": True}),
+    "pass of best, blocks tuned, 100 steps": ("marlin", _PASS | {"tune_block_steps": 100, "tune_codes": True}),
+    "pass of best, blocks tuned, scales and norms only": (
+        "marlin",
+        _PASS | {"tune_block_steps": 100, "tune_scale_rate": 1e-3},
+    ),
     "fast, blocks tuned instead of the model": ("fast", {"tune_steps": 0, "tune_block_steps": 250}),
     "fast, blocks tuned too": ("fast", {"tune_block_steps": 250}),
     "best, scales and norms only": ("best", {"tune_codes": False}),
