@@ -174,7 +174,7 @@ def block_inputs(stream: BlockStream) -> Activations:
     return inputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_block_in_16_bits_learns_in_bfloat16(source: Path, dtype: torch.dtype) -> None:
     """On a GPU streams compute in 16 bits, and the block that learns in autocast; and the block stays as it is."""
     stream = BlockStream(source, device=CPU, dtype=dtype)
