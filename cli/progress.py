@@ -51,7 +51,7 @@ class Display:
                     update(event.done, event.total, _tuning(event), TUNING[event.stage])
                     return
                 stage = {"calibrate": "running the calibration text", "write": "writing"}.get(event.stage, "")
-                linear = _linear(event, short=True)
+                linear = event.note or _linear(event, short=True)
                 update(event.done, event.total, f"block {event.block + 1}/{event.blocks}  {linear or stage}")
 
             yield show
@@ -109,14 +109,15 @@ class _QuantizeLines:
             if event.stage not in self.parts:
                 self.parts[event.stage] = _CountLines(self.say, TUNING[event.stage])
             self.parts[event.stage](event.done, event.total, _tuning(event))
-        if event.linear is None:
+        tuned = event.note if event.stage == "tune block" and event.relative_error is not None else ""
+        if event.linear is None and not tuned:
             return
         if event.stage == "resume":
             self.known = event.done
         elapsed = time.monotonic() - self.started
         left = _left(elapsed, event.done - self.known, event.total - self.known)
         self.say(
-            f"[{event.done}/{event.total}] block {event.block + 1}/{event.blocks}  {_linear(event)}  "
+            f"[{event.done}/{event.total}] block {event.block + 1}/{event.blocks}  {tuned or _linear(event)}  "
             f"elapsed {show_time(elapsed)}" + (f"  left {left}" if left else "")
         )
 

@@ -248,6 +248,13 @@ def summary(report: Any, to: str = "marlin") -> str:
             f"error      mean {report.mean_relative_error:.5f}, worst {report.worst.relative_error:.5f} "
             f"({report.worst.name})",
         ]
+    if report.tuned_blocks:
+        kept = [record for record in report.tuned_blocks if record.kept]
+        ratios = [1 - (record.error_after or 0.0) / record.error_before for record in kept]
+        lines.append(
+            f"blocks     {len(kept)} of {len(report.tuned_blocks)} better for their tuning"
+            + (f", by {100 * sum(ratios) / len(ratios):.1f} % of their error" if kept else "")
+        )
     if report.tuning is not None:
         tuning = report.tuning
         lines.append(

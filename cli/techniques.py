@@ -42,6 +42,10 @@ _OPTIONS = (
     click.option(
         "--tune-written", type=int, metavar="N", help="Windows of text that the model writes itself to tune on.",
     ),
+    click.option(
+        "--tune-block-steps", type=int, metavar="N",
+        help="Steps of tuning of each block by itself, which needs one block on the device; 0: none.",
+    ),
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 Of a block, in the order things happen:
     sum the Hessian of each distinct input of its linears over all samples    (modeling/observe.py)
     solve each group of linears that share an input, and pack them            (group_solver.py)
+    if the recipe says so, tune what was solved by gradient                   (tuning/block.py)
     run the samples through the quantized block: the inputs of the next one
 """
 
@@ -34,7 +35,8 @@ from marlin_gptq.modeling.observe import Calibrated, Groups, collect_cross, coll
 from marlin_gptq.modeling.packed import Packed
 from marlin_gptq.quantization.hessian import Cross
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group
-from marlin_gptq.report import LinearRecord, ProgressEvent
+from marlin_gptq.report import BlockRecord, LinearRecord, ProgressEvent, rescaled
+from marlin_gptq.tuning.block import summary, tune_block
 from marlin_gptq.work_directory import WorkDirectory
 
 logger = logging.getLogger(__name__)
@@ -64,16 +66,17 @@ class BlockRun:
     team: Team
     costs: Costs
     records: list[LinearRecord] = field(default_factory=list)
+    tuned: list[BlockRecord] = field(default_factory=list)
     quantized: list[tuple[nn.Linear, QuantizedWeight]] = field(default_factory=list)
     solved: int = 0
     full: Activations | None = None
     # Of the pass that is being solved: how its inputs differ from those of the full-precision stream.
     crosses: dict[str, Cross] = field(default_factory=dict)
 
-    def report(self, stage: str, block: int, linear: str | None, error: float | None) -> None:
+    def report(self, stage: str, block: int, linear: str | None, error: float | None, note: str = "") -> None:
         if self.progress is not None:
             done = min(self.total, len(self.records) + self.solved * self.team.size)
-            self.progress(ProgressEvent(stage, block, self.stream.n_blocks, linear, done, self.total, error))
+            self.progress(ProgressEvent(stage, block, self.stream.n_blocks, linear, done, self.total, error, note))
 
     def stored(self, name: str, tensor: Tensor) -> Tensor:
         """Floats in the dtype of the result; QuantizationError where they overflow it."""
@@ -143,7 +146,10 @@ class BlockRun:
                 first = len(self.records)
                 tensors = self._quantize_block(index, block, linears, samples)
                 if self.work is not None and digest is not None:
-                    record = {"linears": [asdict(linear) for linear in self.records[first:]]}
+                    record = {
+                        "linears": [asdict(linear) for linear in self.records[first:]],
+                        "tuned": [asdict(block) for block in self.tuned if block.block == index],
+                    }
                     with self.costs.measure("keep"):
                         self.work.put(step_name(index), digest, tensors, record)
             if index + 1 < self.stream.n_blocks:
@@ -175,16 +181,18 @@ class BlockRun:
         for record in step.record["linears"]:
             self.records.append(LinearRecord(**record))
             self.report("resume", index, self.records[-1].name, self.records[-1].relative_error)
+        self.tuned += [BlockRecord(**record) for record in step.record["tuned"]]
         return step.tensors
 
     def _quantize_block(
         self, index: int, block: nn.Module, linears: dict[str, nn.Linear], samples: Packed
     ) -> dict[str, Tensor]:
         self.report("calibrate", index, None, None)
-        packed: dict[str, Tensor] = {}
-        originals = {} if self.full is None else {name: linear.weight.data for name, linear in linears.items()}
+        parts: dict[str, QuantizedWeight] = {}
+        needed = self.full is not None or self.config.tunes_blocks
+        originals = {name: linear.weight.data for name, linear in linears.items()} if needed else {}
         if self.config.method == "rtn":
-            self._quantize(index, [[name] for name in linears], linears, Calibrated({}), packed)
+            self._quantize(index, [[name] for name in linears], linears, Calibrated({}), parts)
             self.quantized.clear()  # nothing runs through the block any more
         elif linears:
             in_order = stages(self.stream, index, linears, samples.activations[0])
@@ -192,10 +200,16 @@ class BlockRun:
             for stage in in_order if self.config.true_sequential else together:
                 for groups in self._passes(stage, linears):
                     found = self._calibrate(index, groups, linears, originals, samples)
-                    self._quantize(index, groups, linears, found, packed)
+                    self._quantize(index, groups, linears, found, parts)
                 self._replace_weights()
         with full_precision({name: linears[name] for name in originals}, originals):
             self._advance_full(index, samples.packs)
+        if self.config.tunes_blocks and linears:
+            self._tune(index, linears, originals, parts, samples.activations)
+        packed: dict[str, Tensor] = {}
+        with self.costs.measure("pack"):
+            for name, part in parts.items():
+                packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
         kept = {
             name: self.stored(name, tensor)
             for name, tensor in _named_tensors(block, self.stream.block_name(index))
@@ -248,7 +262,7 @@ class BlockRun:
         groups: Groups,
         linears: dict[str, nn.Linear],
         calibrated: Calibrated,
-        packed: dict[str, Tensor],
+        parts: dict[str, QuantizedWeight],
     ) -> None:
         """Solve the groups, each in one process of the team, and note their codes, scales and records in all."""
         owners = share_out([_cost(group, linears) for group in groups], self.team.size)
@@ -265,13 +279,37 @@ class BlockRun:
             solved |= solver.solve(together)
         self.solved = 0
         for group, owner in zip(groups, owners, strict=True):
-            parts, records = solved.pop(group[0], ({}, []))
+            own_parts, records = solved.pop(group[0], ({}, []))
             self.records += self.team.object_from(owner, records)
             for name in group:
-                part = self._part_from(owner, parts.get(name), name, linears[name])
-                with self.costs.measure("pack"):
-                    packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
-                self.quantized.append((linears[name], part))
+                parts[name] = self._part_from(owner, own_parts.get(name), name, linears[name])
+                self.quantized.append((linears[name], parts[name]))
+
+    def _tune(
+        self,
+        index: int,
+        linears: dict[str, nn.Linear],
+        originals: dict[str, Tensor],
+        parts: dict[str, QuantizedWeight],
+        inputs: Activations,
+    ) -> None:
+        """Tune the block by itself; if that helped, `parts`, the block's weights and its records are the tuned ones."""
+        block, steps = self.stream.block_module(index), self.config.tune_block_steps
+        with self.costs.measure("tune blocks"), full_precision(linears, originals):
+            tuned = tune_block(
+                self.stream, index, originals, parts, inputs, self.config, self.target,
+                lambda step: self.report("tune block", index, None, None, f"tuning, step {step} of {steps}"),
+            )  # fmt: skip
+        self.tuned.append(tuned.record)
+        self.report("tune block", index, None, tuned.record.error_after, summary(tuned.record))
+        if not tuned.record.kept:
+            return
+        parts |= tuned.parts
+        for name, weight in tuned.norms.items():
+            block.get_parameter(name).data.copy_(weight)
+        self.quantized += [(linears[name], part) for name, part in parts.items()]
+        self._replace_weights()
+        self.records = [rescaled(one, parts[one.name]) if one.name in parts else one for one in self.records]
 
     def _make_room(self, size: int) -> None:
         """Before work on gigabytes: what torch keeps for the next forward would stand beside it, in other pieces."""

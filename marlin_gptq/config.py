@@ -86,6 +86,7 @@ _RANGES: dict[str, tuple[Any, float, float]] = {
     "tune_rate": ((int, float), 1e-7, 1),
     "tune_scale_rate": ((int, float), 1e-7, 1),
     "tune_written": (int, 0, 10**6),
+    "tune_block_steps": (int, 0, 10**6),
 }
 
 
@@ -117,6 +118,8 @@ class QuantizationConfig:
     tune_rate     its learning rate for codes, in units of a code.
     tune_scale_rate  its learning rate for scales and norm weights, relative to their sizes.
     tune_written  windows of text that the model writes itself, which the tuning adds to the calibration text.
+    tune_block_steps  steps of tuning of each block by itself, against its full-precision outputs; 0 is none.
+                  tune_codes, tune_batch (samples a step), tune_rate and tune_scale_rate hold for it too.
     skip          regular expressions; linears whose full name matches one (re.search) stay as they are.
     overrides     other settings for some linears; the first whose regular expression matches decides.
     """
@@ -144,6 +147,7 @@ class QuantizationConfig:
     tune_rate: float = 1e-3
     tune_scale_rate: float = 3e-4
     tune_written: int = 0
+    tune_block_steps: int = 0
     skip: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
 
@@ -200,6 +204,11 @@ class QuantizationConfig:
     def tunes(self) -> bool:
         """Whether the whole model is tuned end to end after the blocks."""
         return self.method == "gptq" and self.tune_steps > 0
+
+    @property
+    def tunes_blocks(self) -> bool:
+        """Whether each block is tuned by itself when its linears are solved."""
+        return self.method == "gptq" and self.tune_block_steps > 0
 
     def override(self, name: str) -> Override | None:
         """The override that decides about the linear of this full name, if one does."""

@@ -7,6 +7,7 @@ Memory is the largest of a run's phases, each the sum of what is then alive; the
     factor     block + Hessians + the matrices that one factorisation works on
     solve      block + Hessians + factor + copies of one stacked weight + scratch of the clipping search in plain torch
                (the fused loops of a GPU need less of it); where several are solved side by side, of all of them
+    tune       block, once more as it was + what moves with gradient and moments + what a backward pass keeps
 
 docs/benchmarks.md compares them with measured runs.
 """
@@ -25,6 +26,9 @@ from marlin_gptq.modeling.outline import BlockOutline, LinearOutline, Outline
 from marlin_gptq.modeling.packed import PACK_TOKENS
 from marlin_gptq.quantization.grid import CLIP_RATIOS, SCRATCH_ELEMENTS
 from marlin_gptq.quantization.weight import columns_per_group
+from marlin_gptq.tuning.block import TUNED_TOKENS
+from marlin_gptq.tuning.memory import Sizes, fixed_bytes
+from marlin_gptq.tuning.text import WINDOW
 
 # Measured on a CPU, in float32 copies of what they work on (memory at the peak less memory before):
 FACTOR_MATRICES = 7.5  # Hessians: mean, damped, flipped, the Cholesky factor, operands of the triangular solve
@@ -37,6 +41,9 @@ REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual,
 # Values per token and channel alive in a block's forward: residual, norm, attention's operands and result; gate, up,
 # their product.
 FORWARD_HIDDEN, FORWARD_INNER = 6, 3
+# Those that a block's backward pass keeps or makes, of float32 and of the computing dtype. Measured on a CPU, never on
+# a GPU: three runs took 0.8 to 1.1 times what is counted with them.
+BACKWARD_HIDDEN, BACKWARD_INNER = 18, 8
 # Of weights that are solved side by side on a GPU, whose fused loops have no scratch: float32 matrices like the Hessian
 # (itself, its factor), and bytes per weight (stacked, compensated, codes, transposed pieces). Fitted to one run, on an
 # H200, less the scratch of cuBLAS for streams that are no longer made.
@@ -44,11 +51,27 @@ BESIDE_SQUARES, BESIDE_WEIGHTS = 2, 12
 # Bytes that they take at most, where there is more than enough: larger ones fill a GPU alone.
 SIDE_BY_SIDE = 12_000_000_000
 _STREAMS = 4
+# Tokens of a usual calibration document, where only the longest is known.
+_USUAL_TOKENS = 1000
 # Measured time over what `seconds` counts: five runs on a CPU took 1.13 to 1.39 of it.
 OTHER_WORK = 1.25
 
 
 Group = TypeVar("Group")
+
+
+@dataclass(frozen=True)
+class TunedBlocks:
+    """The tuning of each block by itself (tuning/block.py).
+
+    steps, step_tokens  how many, and tokens in each; moving: whether codes move too.
+    sequence            tokens of the longest sample, or window, that attention sees.
+    """
+
+    steps: int
+    step_tokens: int
+    moving: bool
+    sequence: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +84,7 @@ class Job:
     shard_size       of the output, in bytes: one shard is filled in host memory while another is written.
     signed, act_order, plain, sweeps, corrected  the techniques of the recipe beside GPTQ: `signed_scales`, `act_order`,
                      whether `clip_hessian` is "plain", `refine_sweeps`, whether there is a `correct_target`.
+    tuned            blocks are tuned one by one, or None.
     """
 
     tokens: int
@@ -75,10 +99,16 @@ class Job:
     plain: bool = False
     sweeps: int = 0
     corrected: bool = False
+    tuned: TunedBlocks | None = None
 
     @classmethod
     def of(cls, config: QuantizationConfig, tokens: int, longest: int, compute_bytes: int, shard_size: int) -> Job:
-        """The pass over the blocks that `config` asks for; its tuning is not part of it."""
+        """The pass over the blocks that `config` asks for; its end-to-end tuning is not part of it."""
+        tuned = None
+        if config.tunes_blocks and tokens:
+            window = min(longest, WINDOW) if config.pack else longest
+            batch = max(window, config.tune_batch * min(window, _USUAL_TOKENS))
+            tuned = TunedBlocks(config.tune_block_steps, min(tokens, batch), config.tune_codes, window)
         return cls(
             tokens,
             longest,
@@ -91,6 +121,7 @@ class Job:
             plain=config.clip_hessian == "plain",
             sweeps=config.refine_sweeps,
             corrected=config.correct_target > 0,
+            tuned=tuned,
         )
 
 
@@ -178,7 +209,8 @@ def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
     for index, block in enumerate(outline.blocks):
         weights = block.parameters * job.compute_bytes
         codes = sum(linear.in_features * linear.out_features for linear in block.quantized)
-        weights += codes * job.compute_bytes if job.corrected else 0  # as they were before, to go on in full precision
+        # As they were before, to go on in full precision or to learn from.
+        weights += codes * job.compute_bytes if job.corrected or job.tuned else 0
         phases += [(phase, index, kept + weights + codes + size) for phase, size in _phases(outline, block, job, plan)]
     phase, index, device = max(phases, key=lambda entry: entry[2])
     waiting = min(2 * max(job.shard_size, table * job.stored_bytes), output_bytes(outline, job.stored_bytes))
@@ -289,6 +321,9 @@ def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_
         for linear in block.quantized:
             products += updates * linear.out_features * linear.in_features**2
             tried += linear.out_features * linear.in_features * candidates
+        if job.tuned is not None:  # a forward for the target, one to learn, and twice as much backward
+            weights = sum(linear.out_features * linear.in_features for linear in block.linears)
+            products += 4 * job.tuned.steps * job.tuned.step_tokens * weights
     counted = products / products_per_second + tried / clip_values_per_second
     return OTHER_WORK * counted if job.tokens else 0.0
 
@@ -316,6 +351,28 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     shapes = [(sum(x.out_features for x in block.quantized if x.input == name), features) for name, features in inputs]
     for batch in side_by_side([(shape, shape) for shape in shapes], plan.side_by_side, job) if job.tokens else ():
         yield "solve", hessians + (len(batch) > 1) * sum(beside_bytes(shape, job) for shape in batch)
+    if job.tuned is not None and block.quantized:
+        yield "tune", _tune_bytes(outline, block, job, job.tuned)
+
+
+def _tune_bytes(outline: Outline, block: BlockOutline, job: Job, tuned: TunedBlocks) -> int:
+    """Of tuning one block, beside its weights before and after they were solved."""
+    widest = max(max(x.in_features, x.out_features) for x in block.linears)
+    sizes = Sizes(
+        weights=sum(x.in_features * x.out_features for x in block.quantized),
+        others=0,
+        group_size=min(columns_per_group(x.in_features, x.group_size or -1) for x in block.quantized),
+        blocks=1,
+        hidden_size=outline.hidden,
+        intermediate_size=widest,
+    )
+    pack = min(job.tokens, max(tuned.sequence, TUNED_TOKENS))
+    values = pack * (4 * BACKWARD_HIDDEN * outline.hidden + job.compute_bytes * BACKWARD_INNER * widest)
+    scores = outline.heads * tuned.sequence * 4 * (pack + 2 * tuned.sequence)  # of all samples, and what makes one's
+    gradient = (4 + job.compute_bytes) * max(x.in_features * x.out_features for x in block.quantized)
+    samples = 2 * tuned.step_tokens * outline.hidden * job.compute_bytes
+    dequantized = sizes.weights * job.compute_bytes
+    return fixed_bytes(sizes, tuned.moving) + dequantized + values + scores + gradient + samples
 
 
 def _beside_factor(job: Job) -> int:

@@ -42,6 +42,7 @@ def model_card(report: QuantizeReport) -> str:
             ("signed scales", "yes" if config.signed_scales else "no"),
             ("act-order", config.act_order),
             ("sweeps of refinement", str(config.refine_sweeps)),
+            ("steps of tuning, block by block", str(config.tune_block_steps)),
             ("steps of end-to-end tuning", str(config.tune_steps)),
         ]
         rows += [(f"calibration: {key}", str(value)) for key, value in calibration.items()]
@@ -63,8 +64,8 @@ def model_card(report: QuantizeReport) -> str:
     rows.append(("time", f"{report.seconds:.1f} s on {report.device}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     measure = "squared output error over squared output on the calibration text"
-    if config.tune_steps:
-        measure += ", before the end-to-end tuning"
+    if config.tune_steps or config.tune_block_steps:
+        measure += ", before all tuning"
     if config.method == "rtn":
         measure = "squared error of the weights over their squares"
     return f"""---

@@ -3,7 +3,7 @@
 embed all samples
 for each decoder block, alone on the device:
     run the samples through it and sum the Hessian of each distinct input of its linears
-    quantize the linears, pack them, write them
+    quantize the linears, tune them if the recipe says so (tuning/block.py), pack them, write them
     run the samples through the quantized block: the inputs of the next one
 then, if the recipe says so, the whole model is tuned end to end (tuning/stage.py)
 """
@@ -179,6 +179,7 @@ def quantize_model(
             unknown_tensors=unknown,
             costs={name: Cost(seconds=s, peak_gpu_bytes=None) for name, s in (before or {}).items()} | costs.by_name,
             records=run.records,
+            tuned_blocks=run.tuned,
             inner_loops=loops,
         )
         if writer is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,29 @@ class LinearRecord:
 
 
 @dataclass(frozen=True)
+class BlockRecord:
+    """What became of tuning a block by itself.
+
+    error_before, error_after  squared difference from the outputs that the block gives with its full-precision weights,
+                  over the squares of what it adds to its inputs there, on `samples_judged` samples that nothing was
+                  learnt from; error_after is None where the tuning ended in NaN or Inf.
+    kept          whether the tuned block is the result; if not, it is the one before.
+    codes_changed share of the codes that the tuning changed.
+    """
+
+    block: int
+    error_before: float
+    error_after: float | None
+    kept: bool
+    samples_judged: int
+    codes_changed: float
+
+
+@dataclass(frozen=True)
 class ProgressEvent:
-    """Sent as work goes on: `done` of `total` linears are finished; stage is calibrate, quantize or write.
+    """Sent as work goes on: `done` of `total` linears are finished; stage is calibrate, quantize, tune block or write.
+
+    note  how far a block's own tuning is, for people.
 
     Then, if the model is tuned end to end, `done` of `total` windows written by the model (write text), blocks run
     (teacher) or steps (tune, whose relative_error is the KL in nats) are finished.
@@ -49,6 +70,7 @@ class ProgressEvent:
     done: int
     total: int
     relative_error: float | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,7 @@ class QuantizeReport:
     costs: dict[str, Cost] = field(default_factory=dict)
     tuning: dict[str, Any] | None = None
     records: list[LinearRecord] = field(default_factory=list)
+    tuned_blocks: list[BlockRecord] = field(default_factory=list)
     inner_loops: str = "torch"
 
     @property
@@ -89,6 +112,7 @@ class QuantizeReport:
             "output": str(self.output),
             "config": self.config.to_dict(),
             "records": [asdict(record) for record in self.records],
+            "tuned_blocks": [asdict(record) for record in self.tuned_blocks],
             "mean_relative_error": self.mean_relative_error,
         }
         return content
@@ -118,4 +142,12 @@ def linear_record(
         scale_max=float(scales.max()),
         seconds=seconds,
         tokens=tokens,
+    )
+
+
+def rescaled(record: LinearRecord, weight: QuantizedWeight) -> LinearRecord:
+    """The record of a linear whose scales became those of `weight` by tuning; its error stays that before it."""
+    scales = weight.scales.float().abs()
+    return replace(
+        record, scale_min=float(scales.min()), scale_mean=float(scales.mean()), scale_max=float(scales.max())
     )

@@ -72,6 +72,7 @@ def require_combination(
             f"correct_target: got {config.correct_target:g} for a model with experts, whose tokens go to other experts "
             "in full precision than in the quantized model, so that their inputs cannot be compared; use 0"
         )
+    _require_tunable_blocks(config, processes=processes, limited=limited, experts=experts)
     if not config.tunes:
         return
     asked = f"tune_steps: got {config.tune_steps}"
@@ -94,6 +95,32 @@ def require_combination(
         raise InputError(
             f"{asked} for a model with experts, which the end-to-end tuning does not know; use --tune-steps 0 (or "
             "--preset marlin)"
+        )
+
+
+def _require_tunable_blocks(config: QuantizationConfig, *, processes: int, limited: bool, experts: bool) -> None:
+    """The same for the tuning of each block by itself."""
+    if not config.tune_block_steps:
+        return
+    asked = f"tune_block_steps: got {config.tune_block_steps}"
+    if config.method != "gptq":
+        raise InputError(
+            f"{asked} with method {config.method}, which runs no calibration text through the blocks; use "
+            "--tune-block-steps 0, or --method gptq"
+        )
+    if processes > 1:
+        raise InputError(
+            f"{asked} in {processes} processes, but the tuning of blocks runs in one; use --tune-block-steps 0, or "
+            "start a single process"
+        )
+    if limited:
+        raise InputError(
+            f"{asked} together with --max-gpu-memory, whose plans leave no room for the tuning of blocks; use "
+            "--tune-block-steps 0, or leave --max-gpu-memory out"
+        )
+    if experts:
+        raise InputError(
+            f"{asked} for a model with experts, which the tuning of blocks does not know; use --tune-block-steps 0"
         )
 
 

@@ -80,11 +80,15 @@ def test_a_recipe_that_tunes_tells_how_far_it_is(model_dir: Path, texts: str, tm
     assert {p.name: p.default for p in main.params}["preset"] == DEFAULT_PRESET
     output = tmp_path / "out"
     short = ("--tune-steps", 20, "--tune-batch", 2, "--tune-written", 2, "--refine-sweeps", 1, "--no-signed-scales")
+    short += ("--tune-block-steps", 10)
     result = run(model_dir, "-o", output, "--dataset", texts, "--device", "cpu", "--preset", "best", *short)
     assert result.exit_code == 0, result.output
     settings = json.loads((output / "config.json").read_text())["quantization_config"]
     assert (settings["preset"], settings["tune_steps"], settings["signed_scales"]) == ("best", 20, False)
     assert (settings["tune_codes"], settings["damp_percent"], settings["refine_sweeps"]) == (True, 0.01, 1)
+    assert settings["tune_block_steps"] == 10
+    assert re.search(r"^blocks     [012] of 2 better for their tuning", result.stdout, flags=re.MULTILINE)
+    assert re.search(r"^\[7/14\] block 1/2  tuned: error 0\.\d+ -> 0\.\d+", result.stderr, flags=re.MULTILINE)
     assert re.search(r"^tuning     KL 0\.\d+ -> 0\.\d+ on 1 windows kept aside", result.stdout, flags=re.MULTILINE)
     assert re.search(r"^tune: 50%  elapsed 0:\d\d  left 0:\d\d  KL 0\.\d+$", result.stderr, flags=re.MULTILINE)
     assert "write text: 100%" in result.stderr and "full precision: 100%" in result.stderr
@@ -139,7 +143,7 @@ def test_help_names_every_option_of_the_recipe() -> None:
             """
         --wbits --output --group-size --damp --n-samples --seq-len --dataset --seed --method --preset --no-clip
         --true-sequential --signed-scales --clip-hessian --act-order --token-cap --correct-target --refine-sweeps
-        --pack --tune-steps --tune-codes --tune-batch --tune-rate --tune-scale-rate --tune-written
+        --pack --tune-steps --tune-codes --tune-batch --tune-rate --tune-scale-rate --tune-written --tune-block-steps
         --dtype --device --skip --shard-size --overwrite --json --revision --offline --debug
     """,
         )

@@ -91,7 +91,8 @@ from marlin_gptq.modeling.outline import outline
 torch.set_num_threads(1)
 source, count, length, method = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 techniques = dict(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1)
-gptq, more = method != "rtn", techniques if method == "techniques" else {}
+blocks = dict(tune_block_steps=2, tune_codes=True)
+gptq, more = method != "rtn", {"techniques": techniques, "blocks": blocks}.get(method, {})
 config = QuantizationConfig(method="gptq" if gptq else "rtn", clip=False, **more)
 found = outline(source, config)
 before = resident_bytes()
@@ -128,6 +129,8 @@ def test_memory_of_a_measured_run(tmp_path: Path) -> None:
         ({"hidden_size": 1024, "intermediate_size": 2816}, 4, 2048, "gptq"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 1, 2, "rtn"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 16, 256, "techniques"),
+        ({"hidden_size": 1024, "intermediate_size": 2816}, 8, 1024, "blocks"),
+        ({"hidden_size": 1024, "intermediate_size": 2816}, 32, 64, "blocks"),
         ({"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 64000}, 64, 1024, "techniques"),
     ],
 )
@@ -155,6 +158,24 @@ def test_more_of_anything_takes_no_less(tmp_path: Path) -> None:
             technique
         )
         assert memory(found, more, Plan("host", rows=512)).device < memory(found, more, Plan()).device
+
+
+def test_the_tuning_of_blocks_is_reckoned_with(tmp_path: Path) -> None:
+    """Moving codes take 16 bytes a weight where fixed ones take 1; windows take less attention than documents."""
+    found = outline(config_only(tmp_path / "model", **SEVEN_B), QuantizationConfig())
+    weights = 4 * 4096**2 + 3 * 4096 * 11008
+
+    def peak(**changes: Any) -> tuple[int, str]:
+        config = QuantizationConfig(**({"tune_block_steps": 200, "tune_codes": True} | changes))
+        used = memory(found, Job.of(config, 256_000, 4096, 2, 10**9), Plan("host"))
+        return used.device, used.phase
+
+    moving, phase = peak()
+    assert phase == "tune" and 10e9 < moving < 16e9
+    assert peak(tune_codes=False) == (moving - 15 * weights, "tune")
+    assert peak(pack=True)[0] < moving
+    assert peak(tune_block_steps=0)[1] != "tune" and peak(method="rtn")[1] != "tune"
+    assert peak(tune_block_steps=1)[0] == moving
 
 
 def test_plans_give_up_speed_in_their_order(tmp_path: Path) -> None:
@@ -293,7 +314,7 @@ def test_time_grows_with_its_parts(tmp_path: Path) -> None:
     assert seconds(found, Job(0, 0, 2, 10**9), 1e14, 1e12) == 0
     plain = Job.of(QuantizationConfig(), 128_000, 4096, 2, 10**9)
     assert seconds(found, plain, 1e14, 1e12) == few
-    for changes in ({"refine_sweeps": 1}, {"signed_scales": True}, {"correct_target": 0.5}):
+    for changes in ({"refine_sweeps": 1}, {"signed_scales": True}, {"correct_target": 0.5}, {"tune_block_steps": 9}):
         more = Job.of(QuantizationConfig(**changes), 128_000, 4096, 2, 10**9)  # type: ignore[arg-type]
         assert seconds(found, more, 1e14, 1e12) > few
 

@@ -20,6 +20,7 @@ from helpers import random_samples, save_tiny_model
 
 from marlin_gptq import CheckpointError, InputError, QuantizationConfig, checkpoint, quantize_model, work_directory
 from marlin_gptq.checkpoint import TensorStore
+from marlin_gptq.config import Override
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.install import install_block
 from marlin_gptq.report import ProgressEvent
@@ -95,6 +96,9 @@ def test_a_run_in_one_piece_keeps_every_block(source: Path, tmp_path: Path, expe
         QuantizationConfig(skip=("q_",)),
         QuantizationConfig(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1),
         QuantizationConfig(pack=True, act_order="columns", token_cap=4.0, clip_hessian="plain"),
+        QuantizationConfig(
+            correct_target=0.5, tune_block_steps=4, tune_codes=True, skip=("q_",), overrides=(Override("down", 4, 32),)
+        ),
     ],
 )
 def test_every_recipe_goes_on(source: Path, tmp_path: Path, config: QuantizationConfig) -> None:
@@ -108,6 +112,24 @@ def test_every_recipe_goes_on(source: Path, tmp_path: Path, config: Quantization
     with pytest.raises(Killed):
         run(source, tmp_path / "out", tmp_path / "work", config, samples=samples, progress=kill)
     assert len(blocks_of(tmp_path / "work")) == 2
+    run(source, tmp_path / "out", tmp_path / "work", config, samples=samples)
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
+
+
+def test_tuned_blocks_of_a_float32_model_go_on(tmp_path: Path) -> None:
+    """Norm weights are stored rounded: those that moved go on so, and those that did not as they were."""
+    source = save_tiny_model(tmp_path / "source", num_hidden_layers=2, dtype=torch.float32, initializer_range=0.1)
+    config = QuantizationConfig(tune_block_steps=20, tune_codes=True, tune_rate=2e-3)
+    samples = random_samples(60, longest=128)
+    whole = run(source, tmp_path / "whole", None, config, samples=samples)
+    assert whole is not None and whole.tuned_blocks[0].kept
+
+    def kill(event: ProgressEvent) -> None:
+        if event.block == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(source, tmp_path / "out", tmp_path / "work", config, samples=samples, progress=kill)
     run(source, tmp_path / "out", tmp_path / "work", config, samples=samples)
     assert content_of(tmp_path / "out") == content_of(tmp_path / "whole")
 

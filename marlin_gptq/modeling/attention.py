@@ -25,6 +25,9 @@ from torch.nn.attention import SDPBackend
 
 # Not cuDNN's: it plans anew for every length, 30 ms each on an H200, and documents have all lengths.
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# With gradients: the others' backward passes add up in no fixed order on a GPU, and a resumed run is to give the same
+# bits. It writes out scores of every head, [T, T] in float32.
+REPEATABLE = [SDPBackend.MATH]
 
 _NAME = "marlin_gptq_decode"
 # What transformers' sdpa takes and passes over: positions are in the keys, windows in the mask.

@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from marlin_gptq.modeling.architecture import (
     replace_linears,
     require_finite,
 )
-from marlin_gptq.modeling.attention import ANY_LENGTH
+from marlin_gptq.modeling.attention import ANY_LENGTH, REPEATABLE
 from marlin_gptq.modeling.experts import file_name, fused_source, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.modeling.packed import (
@@ -201,18 +201,29 @@ class BlockStream:
 
         lengths  of the samples that hidden [1, ΣT, hidden_size] is a pack of, see `packs`; fewer than two are none.
         """
+        return self.run_with(index, {}, hidden, lengths)
+
+    def run_with(
+        self, index: int, tensors: Mapping[str, Tensor], hidden: Tensor, lengths: Sequence[int] = ()
+    ) -> Tensor:
+        """As `run`, with `tensors`, by their names inside the block, in the place of its own; where gradients are
+        enabled they go to these and to `hidden`, which may be of another dtype than the stream's."""
         block = self._blocks[index]
         if self._places[index] is not block:
             raise RuntimeError(f"block {index} is not loaded: call run inside `with stream.block({index})`")
-        with sdpa_kernel(ANY_LENGTH):
+        with torch.autocast(self.device.type, enabled=False):  # what is remembered is the same whoever asks first
+            like = hidden.detach().to(self.dtype)
             if len(lengths) < 2:
-                args, kwargs = self._arguments(index, hidden)
-                output = block(hidden, *args, **kwargs)
+                args, kwargs = self._arguments(index, like)
             else:
-                parts = hidden.split(list(lengths), dim=1)
+                parts = like.split(list(lengths), dim=1)
                 args, kwargs = joined_arguments([self._arguments(index, part) for part in parts])
-                with within_samples(block, lengths):
-                    output = block(hidden, *args, **kwargs)
+        attention = within_samples(block, lengths) if len(lengths) > 1 else nullcontext()
+        with sdpa_kernel(REPEATABLE if torch.is_grad_enabled() else ANY_LENGTH), attention:
+            if tensors:
+                output = torch.func.functional_call(block, dict(tensors), (hidden, *args), kwargs)
+            else:
+                output = block(hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
@@ -268,6 +279,7 @@ class BlockStream:
             )
         return self._mistakes[make]
 
+    @torch.no_grad()
     def _arguments(self, index: int, hidden: Tensor) -> Arguments:
         """What the model's own forward hands block `index` beside hidden states of this shape.
 

@@ -61,12 +61,13 @@ class BlockOutline:
 
 @dataclass(frozen=True)
 class Outline:
-    """A decoder model: blocks, tensors outside of them by name and shape, width of its activations."""
+    """A decoder model: blocks, tensors outside of them by name and shape, width of its activations, query heads."""
 
     blocks: tuple[BlockOutline, ...]
     outer: tuple[tuple[str, tuple[int, ...]], ...]
     hidden: int
     experts_per_token: int
+    heads: int
 
 
 def outline(model_dir: Path, settings: QuantizationConfig) -> Outline:
@@ -89,7 +90,8 @@ def outline(model_dir: Path, settings: QuantizationConfig) -> Outline:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) not in inside and not (tied and head is not None and name == _name_of(model, head))
     ]
-    return Outline(made, tuple(outer), config.hidden_size, getattr(config, "num_experts_per_tok", None) or 1)
+    experts = getattr(config, "num_experts_per_tok", None) or 1
+    return Outline(made, tuple(outer), config.hidden_size, experts, getattr(config, "num_attention_heads", None) or 1)
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

@@ -26,7 +26,7 @@ from marlin_gptq.device_memory import free_bytes, give_back
 from marlin_gptq.modeling.architecture import read_config, require_finite
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.output_directory import write_companions
-from marlin_gptq.report import LinearRecord, ProgressEvent, QuantizeReport
+from marlin_gptq.report import ProgressEvent, QuantizeReport, rescaled
 from marlin_gptq.tuning.end_to_end import Rates, mean_divergence, teacher_hidden, tune
 from marlin_gptq.tuning.memory import Plan, plan
 from marlin_gptq.tuning.student import Student
@@ -115,7 +115,9 @@ def tune_checkpoint(
         seconds=first.seconds + seconds,
         costs=first.costs | costs.by_name,
         peak_gpu_bytes=_larger(first.peak_gpu_bytes, costs.peak_gpu_bytes()),
-        records=[_after(record, student) if helped else record for record in first.records],
+        records=[
+            rescaled(record, student.layers[record.name].quantized()) if helped else record for record in first.records
+        ],
         tuning={
             "windows": len(text),
             "window_tokens": length,
@@ -202,13 +204,6 @@ def _write(
         assert not tuned, f"tuned tensors without a place: {sorted(tuned)}"
         write_companions(writer, model_dir, report)
         writer.finish()
-
-
-def _after(record: LinearRecord, student: Student) -> LinearRecord:
-    scales = student.layers[record.name].quantized().scales.float().abs()
-    return replace(
-        record, scale_min=float(scales.min()), scale_mean=float(scales.mean()), scale_max=float(scales.max())
-    )
 
 
 def _larger(one: int | None, other: int | None) -> int | None:
