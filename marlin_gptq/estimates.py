@@ -339,6 +339,9 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     inner = max((x.in_features for x in block.linears), default=0)
     per_token = (FORWARD_HIDDEN * outline.hidden + FORWARD_INNER * widest) * job.compute_bytes
     per_token += inner * 4 if job.compute_bytes != 4 else 0  # inputs of a Hessian as float32
+    if job.corrected:  # all inputs, of the quantized and of the full-precision model, and those of one as float32
+        per_token += 2 * sum(features for _, features in inputs) * job.compute_bytes
+        per_token += inner * 4 * (1 if job.compute_bytes == 4 else 3)
     yield "forward", hessians + max(job.longest, min(job.tokens, plan.pack_tokens)) * per_token
     for name, features in inputs:
         square = features * features * 4
