@@ -42,9 +42,21 @@ def shares_keys(config: Any) -> bool:
 
 
 def sdpa_configs(model: nn.Module) -> list[Any]:
-    """What `grouped_queries` takes: the configs of the model and its modules that ask for transformers' sdpa."""
+    """The configs of the model and its modules that ask for transformers' sdpa."""
     found: dict[int, Any] = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
     return [config for config in found.values() if getattr(config, "_attn_implementation", None) == "sdpa"]
+
+
+@contextmanager
+def implementation(name: str, configs: Sequence[Any]) -> Iterator[None]:
+    """Inside, these configs of `sdpa_configs` ask for the registered function `name` instead."""
+    for config in configs:
+        config._attn_implementation = name
+    try:
+        yield
+    finally:
+        for config in configs:
+            config._attn_implementation = "sdpa"
 
 
 @contextmanager
@@ -55,13 +67,8 @@ def grouped_queries(configs: Sequence[Any]) -> Iterator[None]:
 
     AttentionInterface.register(_NAME, attend)
     AttentionMaskInterface.register(_NAME, AttentionMaskInterface()["sdpa"])  # without, a model makes no mask at all
-    for config in configs:
-        config._attn_implementation = _NAME
-    try:
+    with implementation(_NAME, configs):
         yield
-    finally:
-        for config in configs:
-            config._attn_implementation = "sdpa"
 
 
 def attend(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_gptq.modeling.activations import Activations
+from marlin_gptq.modeling.attention import implementation, sdpa_configs
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Tokens of a pack at most, unless one sample alone has more: linears are as fast per token as with any number from
@@ -141,21 +142,15 @@ def within_samples(block: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
     """
     from transformers import AttentionInterface
 
-    found: dict[int, Any] = {
-        id(module.config): module.config for module in block.modules() if hasattr(module, "config")
-    }
-    configs = [config for config in found.values() if getattr(config, "_attn_implementation", None) == "sdpa"]
+    configs = sdpa_configs(block)
     if not configs:
         raise NotPackable("its attention is not transformers' sdpa")
     AttentionInterface.register(_NAME, _attention)
     token = _bounds.set(bounds_of(lengths))
-    for config in configs:
-        config._attn_implementation = _NAME
     try:
-        yield
+        with implementation(_NAME, configs):
+            yield
     finally:
-        for config in configs:
-            config._attn_implementation = "sdpa"
         _bounds.reset(token)
 
 
