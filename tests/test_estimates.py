@@ -127,7 +127,11 @@ def test_memory_of_a_measured_run(tmp_path: Path) -> None:
     ("shape", "count", "length", "method"),
     [
         ({"hidden_size": 1024, "intermediate_size": 2816}, 4, 2048, "gptq"),
+        ({"hidden_size": 1024, "intermediate_size": 2816}, 16, 256, "gptq"),
+        ({"hidden_size": 768, "intermediate_size": 4096}, 8, 512, "gptq"),
+        ({"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 64000}, 64, 1024, "gptq"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 1, 2, "rtn"),
+        ({"hidden_size": 768, "intermediate_size": 4096}, 8, 512, "techniques"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 16, 256, "techniques"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 8, 1024, "blocks"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 32, 64, "blocks"),

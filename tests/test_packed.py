@@ -257,7 +257,7 @@ def quantize(source: Path, output: Path, plan: Plan, monkeypatch: pytest.MonkeyP
     [
         ("llama", {}, 0.99),
         # What rounds otherwise once, by the order of a sum, the refinement carries on through its row.
-        ("llama", {"correct_target": 0.5, "refine_sweeps": 1}, 0.9),
+        ("llama", {"correct_target": 0.5, "refine_sweeps": 1}, 0.95),
         ("mixtral", {"true_sequential": True}, 0.99),
     ],
     ids=["llama", "techniques", "experts"],

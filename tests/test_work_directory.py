@@ -242,7 +242,7 @@ def test_killed_at_random_moments(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1))
+@pytest.mark.parametrize("seed", range(4))
 def test_killed_at_many_random_moments(source: Path, tmp_path: Path, seed: int) -> None:
     kill_often(source, tmp_path, seed=seed, kills=60)
 
