@@ -80,6 +80,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fast, untuned, corrected target 0.25": ("fast", {"tune_steps": 0, "correct_target": 0.25}),
     "fast, 100 steps, twice the rate": ("fast", {"tune_steps": 100, "tune_rate": 2e-3}),
     "fast, 4 windows a step": ("fast", {"tune_batch": 4}),
+    "fast, 2 windows a step": ("fast", {"tune_batch": 2}),
+    "fast, 500 steps of 2 windows": ("fast", {"tune_batch": 2, "tune_steps": 500}),
+    "fast, 2 windows a step, rate 7e-4": ("fast", {"tune_batch": 2, "tune_rate": 7e-4}),
     "fast, 2 sweeps": ("fast", {"refine_sweeps": 2}),
     "best": ("best", {}),
 }
