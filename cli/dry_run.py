@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlin_gptq.checkpoint import read_json
 from marlin_gptq.cli.options import context_length, show_size, show_time
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.model_directory import read_json
 
 if TYPE_CHECKING:
     import torch

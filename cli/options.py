@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from marlin_gptq.checkpoint import read_json
 from marlin_gptq.errors import InputError
+from marlin_gptq.model_directory import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from marlin_gptq.checkpoint import CheckpointWriter, read_json
+from marlin_gptq.checkpoint_writer import CheckpointWriter
+from marlin_gptq.model_directory import read_json
 from marlin_gptq.report import QuantizeReport
 
 LOG_FILE = "quantize_log.json"

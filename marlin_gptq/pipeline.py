@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from marlin_gptq.block_run import BlockRun
-from marlin_gptq.checkpoint import CheckpointWriter, require_space, staging_directory
+from marlin_gptq.checkpoint_writer import CheckpointWriter
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Cost, Costs
 from marlin_gptq.device_memory import free_bytes
+from marlin_gptq.disk import require_space, staging_directory
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.estimates import SIDE_BY_SIDE, Job, Plan, plan_within, streams

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from marlin_gptq.checkpoint import TensorStore, require_space
+from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.device_memory import free_bytes
+from marlin_gptq.disk import require_space
 from marlin_gptq.errors import InputError, QuantizationError
 from marlin_gptq.modeling.architecture import (
     block_linears,

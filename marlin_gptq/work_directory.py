@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from marlin_gptq.checkpoint import require_space, tidy_up
+from marlin_gptq.checkpoint_writer import tidy_up
+from marlin_gptq.disk import require_space, standing, to_disk
 from marlin_gptq.errors import CheckpointError, InputError
 
 logger = logging.getLogger(__name__)
@@ -201,10 +202,7 @@ class WorkDirectory:
         On one disk with `output`, that takes as much again.
         """
         stored = sum(file.stat().st_size for file in self.directory.glob("block-*.safetensors"))
-        place = output.absolute()
-        while not place.exists():
-            place = place.parent
-        shared = place.stat().st_dev == self.directory.stat().st_dev
+        shared = standing(output).stat().st_dev == self.directory.stat().st_dev
         require_space(self.directory, max(0, size - stored) + (size if shared else 0))
 
     def finishing(self, directory: Path) -> None:
@@ -235,7 +233,7 @@ class WorkDirectory:
                     view = view[file.write(view) :]
                 os.fsync(file.fileno())
             os.replace(writing, self.directory / name)
-            _sync(self.directory)
+            to_disk(self.directory)
         except OSError as error:
             writing.unlink(missing_ok=True)
             reason = f"cannot be written ({error.strerror})"
@@ -304,11 +302,3 @@ def _shown(value: Any, other: Any) -> str:
     if isinstance(value, dict) and isinstance(other, dict):
         return ", ".join(f"{key} {value.get(key)!r}" for key in value if value.get(key) != other.get(key)) or "less"
     return "another one" if isinstance(value, str) and len(value) == 64 else repr(value)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -215,7 +215,7 @@ class TestRefusedBeforeAnyWork:
         assert "model.safetensors: truncated or corrupt" in refused(tmp_path, "-o", tmp_path / "out")
 
     def test_an_early_full_disk(self, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("marlin_gptq.checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
+        monkeypatch.setattr("marlin_gptq.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
         sentence = refused(model_dir, "-o", tmp_path / "out")
         assert "the disk is full:" in sentence and "MB are needed and 0.0 MB are free" in sentence
 

@@ -131,7 +131,7 @@ def test_a_disk_too_small_for_both(tmp_path: Path, model_dir: Path, monkeypatch:
     from types import SimpleNamespace
 
     size = json.loads(run(model_dir, "-o", tmp_path / "first", "--method", "rtn", "--json").stdout)["bytes_after"]
-    monkeypatch.setattr("marlin_gptq.checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=2 * size - 1))
+    monkeypatch.setattr("marlin_gptq.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=2 * size - 1))
     arguments = (model_dir, "-o", tmp_path / "out", "--method", "rtn")
     assert "work: the disk is full" in refused(*arguments, "--work-dir", tmp_path / "work")
     assert run(*arguments).exit_code == 0

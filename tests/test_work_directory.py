@@ -18,7 +18,14 @@ import pytest
 import torch
 from helpers import random_samples, save_tiny_model
 
-from marlin_gptq import CheckpointError, InputError, QuantizationConfig, checkpoint, quantize_model, work_directory
+from marlin_gptq import (
+    CheckpointError,
+    InputError,
+    QuantizationConfig,
+    checkpoint_writer,
+    quantize_model,
+    work_directory,
+)
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import Override
 from marlin_gptq.modeling.blocks import BlockStream
@@ -183,7 +190,7 @@ def test_killed_before_the_replaced_directory_is_gone(
             raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(checkpoint.shutil, "rmtree", fatal)
+        patched.setattr(checkpoint_writer.shutil, "rmtree", fatal)
         run(source, tmp_path / "out", tmp_path / "work", overwrite=True)
     assert len(list(tmp_path.glob(".out.old-*"))) == 1
     run(source, tmp_path / "out", tmp_path / "work", overwrite=True)
