@@ -42,16 +42,10 @@ def estimate(
     or not within the limit.
     """
     from marlin_gptq.calibration import sequence_length
-    from marlin_gptq.estimates import (
-        SIDE_BY_SIDE,
-        Job,
-        Plan,
-        memory,
-        memory_on_cpu,
-        plan_within,
-        seconds,
-        stored_tensors,
-    )
+    from marlin_gptq.estimated_size import stored_tensors
+    from marlin_gptq.estimated_time import seconds
+    from marlin_gptq.estimates import SIDE_BY_SIDE, Job, Plan, memory, memory_on_cpu
+    from marlin_gptq.memory_plan import plan_within
     from marlin_gptq.modeling.outline import outline
     from marlin_gptq.requirements import require_combination
     from marlin_gptq.tuning.text import PACKED_BATCH, WINDOW

@@ -30,7 +30,8 @@ from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.disk import require_space, staging_directory
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
-from marlin_gptq.estimates import SIDE_BY_SIDE, Job, Plan, plan_within, streams
+from marlin_gptq.estimates import SIDE_BY_SIDE, Job, Plan, streams
+from marlin_gptq.memory_plan import plan_within
 from marlin_gptq.modeling.architecture import read_config, require_full_precision
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import outline
@@ -83,7 +84,7 @@ def quantize_model(
     work        keeps every finished block; of a resumed run, gives those back that are there. The output is then
                 bit-identical to that of a run in one piece, but for the times in its log and card.
     spill       where activations wait between two blocks: "none" (on the device), "host" or "disk"; None decides.
-    max_gpu_memory  bytes that the run may take on the GPU; what it gives up for that stands in estimates.plan_within.
+    max_gpu_memory  bytes that the run may take on the GPU; memory_plan.py says what it gives up for that.
     before      seconds of what the caller did before, by stage: they stand first among the costs in the report.
     team        the processes that work on it together, each calling this with the same arguments (`work`, `progress`
                 and what is written are the first one's). Equal to one process but for the order of sums.

@@ -21,10 +21,9 @@ from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.quantization.tunable import TunableWeight
 from marlin_gptq.quantization.weight import QuantizedWeight
 from marlin_gptq.report import BlockRecord
+from marlin_gptq.tuning.block_memory import TUNED_TOKENS
 from marlin_gptq.tuning.end_to_end import BETAS, Rates, batches, learning_rate
 
-# Tokens of the samples that pass forward and backward together: a backward pass keeps all that was computed.
-TUNED_TOKENS = 4096
 # One in so many samples is kept aside to judge the result by.
 _JUDGED = 16
 # Steps between two reports of progress.
