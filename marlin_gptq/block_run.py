@@ -299,6 +299,7 @@ class BlockRun:
             tuned = tune_block(
                 self.stream, index, originals, parts, inputs, self.config, self.target,
                 lambda step: self.report("tune block", index, None, None, f"tuning, step {step} of {steps}"),
+                self.plan.tuned_tokens,
             )  # fmt: skip
         self.tuned.append(tuned.record)
         self.report("tune block", index, None, tuned.record.error_after, summary(tuned.record))

@@ -25,7 +25,7 @@ from marlin_gptq.modeling.outline import BlockOutline, Outline
 from marlin_gptq.modeling.packed import PACK_TOKENS
 from marlin_gptq.quantization.grid import CLIP_RATIOS, SCRATCH_ELEMENTS
 from marlin_gptq.quantization.weight import columns_per_group
-from marlin_gptq.tuning.block_memory import TunedBlocks, tuning_bytes
+from marlin_gptq.tuning.block_memory import TUNED_TOKENS, TunedBlocks, tuning_bytes
 from marlin_gptq.tuning.text import WINDOW
 
 # Measured on a CPU, in float32 copies of what they work on (memory at the peak less memory before):
@@ -112,6 +112,7 @@ class Plan:
     rows          of a stacked weight solved at once; None is all of them.
     pack_tokens   of samples that pass a block together, unless one alone has more; 0 is one sample at a time.
     side_by_side  bytes that weights solved at the same time may take; 0 is one after the other.
+    tuned_tokens  of samples that pass a block together while it is tuned, as pack_tokens.
     """
 
     place: str = "device"
@@ -119,6 +120,7 @@ class Plan:
     rows: int | None = None
     pack_tokens: int = PACK_TOKENS
     side_by_side: int = 0
+    tuned_tokens: int = TUNED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -148,19 +150,16 @@ def ahead_bytes(outline: Outline, job: Job) -> int:
 
 def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
     """Peak of a run under a plan. On a CPU device and host are one memory: add the two."""
-    kept = activation_bytes(outline, job) if plan.place == "device" else 0
     table = max((prod(shape) for _, shape in outline.outer), default=0)
-    phases = [("embed", 0, kept + table * job.compute_bytes)] if job.tokens else []
-    for index, block in enumerate(outline.blocks):
-        weights = block.parameters * job.compute_bytes
-        codes = sum(linear.in_features * linear.out_features for linear in block.quantized)
-        # As they were before, to go on in full precision or to learn from.
-        weights += codes * job.compute_bytes if job.corrected or job.tuned else 0
-        phases += [(phase, index, kept + weights + codes + size) for phase, size in _phases(outline, block, job, plan)]
-    phase, index, device = max(phases, key=lambda entry: entry[2])
+    phase, index, device = max(_all_phases(outline, job, plan), key=lambda entry: entry[2])
     waiting = min(2 * max(job.shard_size, table * job.stored_bytes), output_bytes(outline, job.stored_bytes))
     host = waiting + ahead_bytes(outline, job) + (activation_bytes(outline, job) if plan.place == "host" else 0)
     return Memory(device, host, phase, index)
+
+
+def tuning_memory(outline: Outline, job: Job, plan: Plan) -> int:
+    """Peak on the device while blocks are tuned; 0 if none is."""
+    return max((size for phase, _, size in _all_phases(outline, job, plan) if phase == "tune"), default=0)
 
 
 def memory_on_cpu(outline: Outline, job: Job, plan: Plan) -> int:
@@ -213,6 +212,21 @@ def beside_bytes(shape: tuple[int, int], job: Job) -> int:
     return (BESIDE_SQUARES + _beside_solve(job)) * 4 * features**2 + BESIDE_WEIGHTS * rows * features
 
 
+def _all_phases(outline: Outline, job: Job, plan: Plan) -> Iterator[tuple[str, int, int]]:
+    """(phase, block, bytes on the device) of a run."""
+    kept = activation_bytes(outline, job) if plan.place == "device" else 0
+    table = max((prod(shape) for _, shape in outline.outer), default=0)
+    if job.tokens:
+        yield "embed", 0, kept + table * job.compute_bytes
+    for index, block in enumerate(outline.blocks):
+        weights = block.parameters * job.compute_bytes
+        codes = sum(linear.in_features * linear.out_features for linear in block.quantized)
+        # As they were before, to go on in full precision or to learn from.
+        weights += codes * job.compute_bytes if job.corrected or job.tuned else 0
+        for phase, size in _phases(outline, block, job, plan):
+            yield phase, index, kept + weights + codes + size
+
+
 def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iterator[tuple[str, int]]:
     """(phase, bytes beside weights, activations and packed tensors) of one block."""
     widest = max((max(x.in_features, x.out_features) for x in block.linears), default=0)
@@ -240,7 +254,7 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     for batch in side_by_side([(shape, shape) for shape in shapes], plan.side_by_side, job) if job.tokens else ():
         yield "solve", hessians + (len(batch) > 1) * sum(beside_bytes(shape, job) for shape in batch)
     if job.tuned is not None and block.quantized:
-        yield "tune", tuning_bytes(outline, block, job.tuned, job.tokens, job.compute_bytes)
+        yield "tune", tuning_bytes(outline, block, job.tuned, job.tokens, plan.tuned_tokens, job.compute_bytes)
 
 
 def _beside_factor(job: Job) -> int:

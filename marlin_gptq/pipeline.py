@@ -31,7 +31,7 @@ from marlin_gptq.disk import require_space, staging_directory
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.estimates import SIDE_BY_SIDE, Job, Plan, streams
-from marlin_gptq.memory_plan import plan_within
+from marlin_gptq.memory_plan import plan_within, tuning_within
 from marlin_gptq.modeling.architecture import read_config, require_full_precision
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import outline
@@ -54,6 +54,8 @@ from marlin_gptq.work_directory import WorkDirectory, model_digest
 logger = logging.getLogger(__name__)
 
 ALONE = Team()
+# What the work directory calls `Plan.tuned_tokens`, on which the bits of tuned blocks depend.
+TOGETHER = "tokens tuned together"
 
 
 def quantize_model(
@@ -126,13 +128,15 @@ def quantize_model(
         passing = packed(samples, getattr(stream.config, "max_position_embeddings", None))
     own = _own_samples(passing, team)
     job = job_of(own, config, stream.dtype, shard_size)
-    plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory))
+    begun = None if work is None else work.fact(TOGETHER)
+    plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory, begun))
     with costs.measure("try inner loops"):
         loops = _loops(linears, config, target, device, team)
     if work is not None:
         work.require_space(size, output)
         shared: dict[str, Any] = {"rows at once": plan.rows, "packs of tokens": plan.pack_tokens}
         shared |= {"processes": team.size, "inner loops": loops}
+        shared |= {TOGETHER: plan.tuned_tokens} if config.tunes_blocks else {}
         work.begin(_facts(model_dir, config, target, shard_size, device) | shared, samples)
     disk = work.directory if work else output.absolute().parent
     run = BlockRun(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team, costs)
@@ -207,9 +211,19 @@ def job_of(samples: list[Tensor], config: QuantizationConfig, dtype: torch.dtype
 
 
 def _plan(
-    model_dir: Path, config: QuantizationConfig, job: Job, device: torch.device, spill: str | None, limit: int | None
+    model_dir: Path,
+    config: QuantizationConfig,
+    job: Job,
+    device: torch.device,
+    spill: str | None,
+    limit: int | None,
+    begun: int | None = None,
 ) -> Plan:
-    """How the run keeps within its memory; with a limit, torch is told never to take more."""
+    """How the run keeps within its memory; with a limit, torch is told never to take more.
+
+    begun  tokens tuned together in the run that is gone on with.
+    QuantizationError if the tuning of blocks does not fit the GPU.
+    """
     if device.type != "cuda":
         if limit is not None:
             raise InputError("--max-gpu-memory: this run computes on the CPU; leave it out, or use --device cuda")
@@ -222,10 +236,12 @@ def _plan(
         return plan
     free = free_bytes(device)
     beside = min(SIDE_BY_SIDE, free // 8)
-    if spill is not None:
-        return Plan({"none": "device"}.get(spill, spill), side_by_side=beside)
     waiting = streams(job) * job.tokens * read_config(model_dir).hidden_size * job.compute_bytes
-    return Plan("device" if waiting < free / 2 else "host", side_by_side=beside)
+    place = spill or ("device" if waiting < free / 2 else "host")
+    plan = Plan("device" if place == "none" else place, side_by_side=beside)
+    if not config.tunes_blocks:
+        return plan
+    return tuning_within(outline(model_dir, config), job, plan, free, spill, begun)
 
 
 def _facts(

@@ -14,6 +14,8 @@ from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.disk import require_space
 from marlin_gptq.errors import InputError, QuantizationError
+from marlin_gptq.estimates import Job, Plan
+from marlin_gptq.memory_plan import tuning_within
 from marlin_gptq.modeling.architecture import (
     block_linears,
     linear_names,
@@ -56,6 +58,8 @@ def require_quantizable(
     require_space(output, 2 * size if config.tunes else size)  # the tuning writes its own beside that of the blocks
     if device is not None and config.tunes:
         require_memory(model_dir, config, device)
+    if device is not None and config.tunes_blocks:
+        require_block_memory(model_dir, config, device)
 
 
 def require_combination(
@@ -176,6 +180,12 @@ def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.de
         tune_codes=config.tune_codes,
         free=free_bytes(device),
     )
+
+
+def require_block_memory(model_dir: Path, config: QuantizationConfig, device: torch.device) -> None:
+    """The same for the tuning of each block by itself, whatever the text: more is known when its samples are there."""
+    if device.type == "cuda":
+        tuning_within(outline(model_dir, config), Job.of(config, 1, 1, 2, 0), Plan("host"), free_bytes(device))
 
 
 def tuned_sizes(model_dir: Path, config: QuantizationConfig) -> Sizes:

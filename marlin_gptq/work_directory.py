@@ -136,6 +136,10 @@ class WorkDirectory:
     def arguments(self) -> dict[str, Any]:
         return self.content["arguments"]
 
+    def fact(self, name: str) -> Any:
+        """What a resumed run was begun with, as given to `begin`; None for a new run."""
+        return self.content.get("facts", {}).get(name)
+
     def begin(self, facts: dict[str, Any], samples: list[Tensor]) -> None:
         """Note the facts that the result depends on (plain JSON); of a resumed run, refuse other ones by name."""
         facts = json.loads(json.dumps(facts)) | {"samples": _samples_digest(samples)}

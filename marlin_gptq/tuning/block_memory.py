@@ -8,7 +8,8 @@ from marlin_gptq.modeling.outline import BlockOutline, Outline
 from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.tuning.memory import Sizes, fixed_bytes
 
-# Tokens of the samples that pass forward and backward together: a backward pass keeps all that was computed.
+# Tokens of the samples that pass forward and backward together, where memory allows: a backward pass keeps all that was
+# computed.
 TUNED_TOKENS = 4096
 # Values per token and channel that a block's backward pass keeps or makes, of float32 and of the computing dtype.
 # Measured on a CPU, never on a GPU: three runs took 0.8 to 1.1 times what is counted with them.
@@ -29,8 +30,14 @@ class TunedBlocks:
     sequence: int
 
 
-def tuning_bytes(outline: Outline, block: BlockOutline, tuned: TunedBlocks, tokens: int, compute_bytes: int) -> int:
-    """Of tuning one block on `tokens` in all, beside its weights before and after they were solved."""
+def tuning_bytes(
+    outline: Outline, block: BlockOutline, tuned: TunedBlocks, tokens: int, together: int, compute_bytes: int
+) -> int:
+    """Of tuning one block, beside its weights before and after they were solved.
+
+    tokens    of the calibration text in all.
+    together  of the samples that pass the block together, unless one alone has more.
+    """
     widest = max(max(x.in_features, x.out_features) for x in block.linears)
     sizes = Sizes(
         weights=sum(x.in_features * x.out_features for x in block.quantized),
@@ -40,7 +47,7 @@ def tuning_bytes(outline: Outline, block: BlockOutline, tuned: TunedBlocks, toke
         hidden_size=outline.hidden,
         intermediate_size=widest,
     )
-    pack = min(tokens, max(tuned.sequence, TUNED_TOKENS))
+    pack = min(tokens, max(tuned.sequence, together))
     values = pack * (4 * BACKWARD_HIDDEN * outline.hidden + compute_bytes * BACKWARD_INNER * widest)
     scores = outline.heads * tuned.sequence * 4 * (pack + 2 * tuned.sequence)  # of all samples, and what makes one's
     gradient = (4 + compute_bytes) * max(x.in_features * x.out_features for x in block.quantized)
