@@ -16,7 +16,7 @@ from typing import Any
 import click
 import pytest
 import torch
-from character_model import save_character_model
+from character_model import save_character_model, save_texts
 from click.testing import CliRunner, Result
 
 from marlin_gptq import pipeline
@@ -33,9 +33,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> str:
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": f"document {i} " * (i + 1)}) + "\n" for i in range(8)))
-    return str(path)
+    return str(save_texts(tmp_path / "texts.jsonl"))
 
 
 def run(*arguments: Any) -> Result:

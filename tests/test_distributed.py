@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from character_model import save_character_model
+from character_model import save_character_model, save_texts
 from helpers import EXPERT_MODELS, random_samples, save_tiny_model
 
 from marlin_gptq import InputError, QuantizationConfig, quantize_model
@@ -97,7 +97,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     source = save_character_model(tmp_path / "source")
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": f"document {i} " * (i + 1)}) + "\n" for i in range(8)))
+    save_texts(texts)
     arguments = (
         source,
         "-o",
