@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import random_weight
 
-from marlin_gptq.quantization import tunable
 from marlin_gptq.quantization.gptq import rtn_quantize
-from marlin_gptq.quantization.tunable import TunableWeight
+from marlin_gptq.quantization.tunable import TunableWeight, clamp_
+from marlin_gptq.quantization.tuning_steps import nearest
 
 
 @pytest.mark.parametrize("group_size", [32, -1])
@@ -32,7 +32,7 @@ def test_the_forward_is_what_will_be_stored_bit_for_bit() -> None:
         tunable.shift.normal_(std=0.1)
         assert tunable.position is not None
         tunable.position.add_(torch.randn(12, 64))
-        tunable.clamp_()
+        clamp_([tunable])
     stored = tunable.quantized()
     assert stored.scales.dtype == torch.float16 and stored.codes.dtype == torch.uint8
     assert int(stored.codes.max()) <= 15
@@ -51,7 +51,7 @@ def test_a_weight_in_the_dtype_of_autocast_is_the_rounded_one(moving: bool) -> N
         with torch.no_grad():
             for parameter in moved:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        tunable.clamp_()
+        clamp_([tunable])
         value = None if at_once else tunable()
         with torch.autocast("cpu", torch.bfloat16):
             found.append(tunable() if value is None else value.bfloat16())
@@ -65,7 +65,7 @@ def test_codes_are_the_nearest_in_range() -> None:
     position = torch.cat(
         [torch.randn(10000, generator=torch.Generator().manual_seed(0)) * 6, torch.arange(-20, 20) / 2]
     )
-    assert torch.equal(tunable._nearest(position), position.round().clamp(-8, 7))
+    assert torch.equal(nearest(position), position.round().clamp(-8, 7))
 
 
 def test_gradients_are_those_of_the_product_without_the_rounding() -> None:

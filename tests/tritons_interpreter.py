@@ -48,7 +48,7 @@ def fresh_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "_enabled", True)
     if INTERPRETED:  # each candidate costs the interpreter as much time as it costs a GPU none
         monkeypatch.setattr(grid, "CLIP_RATIOS", grid.CLIP_RATIOS[::15])
-        _repair(monkeypatch)
+        repair(monkeypatch)
 
 
 def use_fused(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
@@ -62,7 +62,7 @@ def use_fused(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
             )
 
 
-def _repair(monkeypatch: pytest.MonkeyPatch) -> None:
+def repair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two things that Triton 3.6's interpreter does not do as a GPU does.
 
     It makes an int of an array of one element, which NumPy 2.4 no longer does; and it cuts float32 off to bfloat16.

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of one table of logits, float32: 256 MiB each, three or four at a time.
+from marlin_gptq.quantization.tuning_loops import tuning_loops
+
+# Elements of one table of logits, float32: 256 MiB each, two at a time, or five without fused kernels.
 _LOGITS_AT_ONCE = 1 << 26
 
 
@@ -29,14 +31,14 @@ class _Divergence(torch.autograd.Function):
         tokens = hidden.shape[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
+        loops = tuning_loops(hidden.device)
         step = max(1, _LOGITS_AT_ONCE // weight.shape[0])
         for start in range(0, tokens, step):
             rows = slice(start, start + step)
-            p = torch.log_softmax(torch.nn.functional.linear(teacher[rows].to(weight.dtype), weight, bias), dim=-1)
-            q = torch.log_softmax(torch.nn.functional.linear(hidden[rows], weight, bias), dim=-1)
-            probability = p.exp()
-            total += torch.linalg.vecdot(probability, p.sub_(q)).sum()
-            gradient[rows] = q.exp_().sub_(probability) @ weight
+            p = torch.nn.functional.linear(teacher[rows].to(weight.dtype), weight, bias)
+            losses, difference = loops.differences(p, torch.nn.functional.linear(hidden[rows], weight, bias))
+            total += losses.sum()
+            gradient[rows] = difference @ weight
         ctx.save_for_backward(gradient)
         ctx.tokens = tokens
         return total / tokens

@@ -57,7 +57,7 @@ def best_scales(weight: Tensor, whitener: Tensor, scales: Tensor) -> Tensor:
     # Hopper's tensor cores read the whitener's parts from shared memory, which holds all of them; others load it bit by
     # bit into more warps, so that registers suffice.
     step, warps = (width, 4) if _capability(weight.device)[0] == 9 else (16, 8)
-    _launch(
+    launch(
         kernels.search, (rows, kernels.SEARCH_ROWS), weight.device,
         columns, whitener.contiguous(), candidates, found, rows, candidates.shape[0],
         WIDTH=width, STEP=step, ROWS=kernels.SEARCH_ROWS, num_warps=warps,
@@ -71,7 +71,7 @@ def quantize_columns(
     """As `columns.quantize_columns`, for a block of at most BLOCK_WIDTH columns, in one launch."""
     width, rows = block.shape
     kernels = _kernels()
-    _launch(
+    launch(
         kernels.columns, (rows, kernels.COLUMNS_ROWS), block.device,
         block, codes, errors, upper.contiguous(), steps.contiguous(), rows, width, first, last - first,
         OWN_STEPS=steps.dim() == 2, WIDTH=BLOCK_WIDTH, ROWS=kernels.COLUMNS_ROWS, num_warps=4,
@@ -82,7 +82,7 @@ def push_errors(rest: Tensor, errors: Tensor, upper: Tensor) -> None:
     """As `columns.push_errors`, in one launch; a row of `rest` is contiguous."""
     (rows, later), width = rest.shape, errors.shape[0]
     kernels = _kernels()
-    _launch(
+    launch(
         kernels.push, (rows, kernels.PUSH_ROWS, later, kernels.PUSH_COLUMNS), rest.device,
         rest, errors, upper.contiguous(), rows, later, rest.stride(0), width,
         ROWS=kernels.PUSH_ROWS, COLUMNS=kernels.PUSH_COLUMNS, num_warps=4, num_stages=1,
@@ -93,7 +93,7 @@ def refit_group(gradient: Tensor, codes: Tensor, scales: Tensor, found: Tensor, 
     """As `descent.refit_group`, for a group of one of GROUP_WIDTHS columns, in one launch."""
     width, rows = gradient.shape
     kernels, limits = _kernels(), torch.finfo(scales.dtype)
-    _launch(
+    launch(
         kernels.refit, (rows, kernels.REFIT_ROWS), gradient.device,
         gradient, codes, scales, found, moves, square.contiguous(), rows, limits.tiny, limits.max,
         WIDTH=width, ROWS=kernels.REFIT_ROWS, num_warps=8,
@@ -114,7 +114,7 @@ def descend_columns(
     """As `descent.descend_columns`, for a block of at most BLOCK_WIDTH columns, in one launch; leaves the gradient."""
     width, rows = gradient.shape
     kernels = _kernels()
-    _launch(
+    launch(
         kernels.descend, (rows, kernels.DESCEND_ROWS), gradient.device,
         gradient, codes, found, moves, square.contiguous(), reach.contiguous(), scales, rows, width, start, columns,
         WIDTH=BLOCK_WIDTH, ROWS=kernels.DESCEND_ROWS, num_warps=4,
@@ -132,8 +132,8 @@ def _kernels() -> ModuleType:
     return fused_kernels
 
 
-def _launch(kernel: Any, extent: tuple[int, ...], device: torch.device, *arguments: Any, **meta: Any) -> None:
-    """Run over extent = (size, tile size, …) in programs of one tile each."""
+def launch(kernel: Any, extent: tuple[int, ...], device: torch.device, *arguments: Any, **meta: Any) -> None:
+    """Run `kernel` over extent = (size, tile size, …) in programs of one tile each."""
     grid = tuple(-(-size // tile) for size, tile in zip(extent[::2], extent[1::2], strict=True))
     if all(grid):
         # Triton launches on the current device, which need not be the tensors'.

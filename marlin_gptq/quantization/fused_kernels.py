@@ -25,12 +25,20 @@ _HALF_EVEN = tl.constexpr(12582912.0)  # 1.5·2²³: adding and taking it away r
 @triton.jit
 def _nearest(weight, step):
     """round(weight / step) held in −8 … 7: the code less 8, as `weight.round_to_codes` finds it."""
-    return _nearest_level(tl.div_rn(weight, step))
+    return nearest_level(tl.div_rn(weight, step))
 
 
 @triton.jit
-def _nearest_level(level):
+def nearest_level(level):
     return (tl.minimum(tl.maximum(level, -8.0), 7.0) + _HALF_EVEN) - _HALF_EVEN
+
+
+@triton.jit
+def stored_size(scale, tiny, largest):
+    """As `grid.stored_scale`, not yet rounded to the stored dtype, whose sizes reach from `tiny` to `largest`."""
+    size = tl.maximum(tl.where(scale == 0, 1.0, tl.abs(scale)), tiny, propagate_nan=tl.PropagateNan.ALL)
+    size = tl.minimum(size, largest, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(scale < 0, -size, size)
 
 
 @triton.jit
@@ -100,7 +108,7 @@ def search(weights, whitener, scales, found, rows, count, WIDTH: tl.constexpr, S
         own1 = _image_of_weights(raised, high1, low1, none) * back[:, None]
         for candidate in range(count):
             scale = tl.load(scales + candidate * rows + row, mask=inside, other=1.0).to(tl.float32)
-            level = _nearest_level(weight * tl.div_rn(1.0, scale)[:, None]).to(tl.float16)
+            level = nearest_level(weight * tl.div_rn(1.0, scale)[:, None]).to(tl.float16)
             off0 = (_image(level, high0, low0, none) * scale[:, None] - own0) * down0[None, :]
             error = tl.sum(off0 * off0, axis=1)
             off1 = (_image(level, high1, low1, none) * scale[:, None] - own1) * down1[None, :]
@@ -135,7 +143,7 @@ def search(weights, whitener, scales, found, rows, count, WIDTH: tl.constexpr, S
                 now = start + inner
                 high, low = _halves(tl.load(whitener + now[:, None] * WIDTH + column[None, :]) * up[None, :])
                 part = tl.load(weights + now[None, :] * rows + row[:, None], mask=inside[:, None], other=0.0)
-                image = _image(_nearest_level(part * inverse[:, None]).to(tl.float16), high, low, image)
+                image = _image(nearest_level(part * inverse[:, None]).to(tl.float16), high, low, image)
             off = (image * scale[:, None] - own) * down[None, :]
             error = tl.sum(off * off, axis=1)
             better = error < least
@@ -204,9 +212,7 @@ def refit(
     old = tl.load(scales + row, mask=inside, other=1.0).to(tl.float32)
     bent = curvature > 0
     best = old + tl.where(bent, tl.div_rn(slope, tl.where(bent, curvature, 1.0)), 0.0)
-    # As `grid.stored_scale`.
-    size = tl.minimum(tl.maximum(tl.where(best == 0, 1.0, tl.abs(best)), tiny), largest)
-    new = tl.where(best < 0, -size, size).to(found.dtype.element_ty).to(tl.float32)
+    new = stored_size(best, tiny, largest).to(found.dtype.element_ty).to(tl.float32)
     step = new - old
     lower = step * step * curvature - 2 * step * slope < 0
     tl.store(found + row, tl.where(lower, new, old).to(found.dtype.element_ty), mask=inside)
@@ -229,7 +235,7 @@ def descend(
         slope = tl.sum(tl.where((column == c)[None, :], slopes, 0.0), axis=1)
         scale = tl.load(scales + (start + c) // columns * rows + row, mask=here, other=1.0).to(tl.float32)
         old = tl.load(codes + c * rows + row, mask=here, other=8).to(tl.float32) - 8.0
-        new = _nearest_level(old + tl.div_rn(slope * tl.load(reach + c), scale))
+        new = nearest_level(old + tl.div_rn(slope * tl.load(reach + c), scale))
         move = (new - old) * scale
         slopes -= move[:, None] * tl.load(square + c * width + column, mask=column < width, other=0.0)[None, :]
         tl.store(found + c * rows + row, (new + 8.0).to(tl.uint8), mask=here)

@@ -59,13 +59,24 @@ def inner_loops(device: torch.device, columns: int, block_size: int, dtype: torc
     Groups wider than fused.GROUP_WIDTHS (whole rows) have their scales found in plain torch, as large matrix products,
     and only their columns run fused.
     """
-    if not _enabled or device.type != "cuda" or block_size > fused.BLOCK_WIDTH or fused.triton_version() is None:
+    if block_size > fused.BLOCK_WIDTH or not may_be_fused(device):
         return PLAIN
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return PLAIN
     width = columns if columns in fused.GROUP_WIDTHS else None
     return _fused(width) if _works(device, width, dtype) else PLAIN
+
+
+def may_be_fused(device: torch.device) -> bool:
+    """Whether fused kernels are allowed, and could run on `device` as far as can be told without a trial."""
+    if not _enabled or device.type != "cuda" or fused.triton_version() is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def reason_of(error: Exception) -> str:
+    """What a trial failed with: behind "the fused ones"."""
+    lines = str(error).strip().splitlines()
+    return f"failed ({type(error).__name__}{': ' + lines[-1] if lines else ''})"
 
 
 def _fused(width: int | None) -> Loops:
@@ -102,8 +113,7 @@ def _trial(loops: Loops, device: torch.device, width: int, dtype: torch.dtype) -
             if name not in same
         )
     except Exception as error:  # Triton raises what its compiler, ptxas, gcc and the file system do: no list holds it
-        lines = str(error).strip().splitlines()
-        return f"failed ({type(error).__name__}{': ' + lines[-1] if lines else ''})"
+        return reason_of(error)
     if min(same.values()) < 0.9 or not close:
         shares = ", ".join(f"{share:.0%} of {name}" for name, share in same.items())
         return f"disagree with it on this GPU (equal: {shares})"

@@ -9,15 +9,17 @@ Cheng et al., AutoRound, arXiv 2309.05516; for scales of fixed codes Chen et al.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from marlin_gptq.quantization.grid import stored_scale
+from marlin_gptq.quantization.tuning_loops import tuning_loops
+from marlin_gptq.quantization.tuning_steps import HIGHEST, LOWEST, grouped, nearest, scaled
 from marlin_gptq.quantization.weight import QuantizedWeight
 
-_LOWEST, _HIGHEST = -8.0, 7.0
 # Where a weight starts between two codes: just inside the interval that rounds to its code.
 _EDGE = 0.49
 
@@ -55,73 +57,62 @@ class TunableWeight(nn.Module):
 
         Inside torch.autocast rounded to its dtype at once, as every product there would round it.
         """
-        scales = _stored(self.start * (1 + self.shift), self.dtype)
-        if self.position is None:
-            assert self.codes is not None
-            return _FixedCodes.apply(self.codes, scales)
-        return _MovingCodes.apply(self.position, scales)
-
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        """Bring positions back into the range of codes; after every step."""
+        kind = self.start.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         if self.position is not None:
-            self.position.clamp_(_LOWEST - _EDGE, _HIGHEST + _EDGE)
+            return _MovingCodes.apply(self.position, self.shift, self.start, self.dtype, dtype)
+        assert self.codes is not None
+        return _FixedCodes.apply(self.codes, _stored(self.start * (1 + self.shift), self.dtype), dtype)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """Codes and stored scales as they stand: its `dequantize` is bit for bit what `forward` gives."""
-        codes = self.codes if self.position is None else _nearest(self.position)
+        codes = self.codes if self.position is None else nearest(self.position)
         assert codes is not None
         scales = stored_scale(self.start * (1 + self.shift), self.dtype)
         return QuantizedWeight((codes.to(torch.int16) + 8).to(torch.uint8), scales, None, self.group_size)
 
 
-def _nearest(position: Tensor) -> Tensor:
-    """round and clamp in one pass over memory: with a scale of 1 that is what fake quantization does."""
-    return torch.fake_quantize_per_tensor_affine(position, 1.0, 0, int(_LOWEST), int(_HIGHEST))
+@torch.no_grad()
+def clamp_(weights: Iterable[TunableWeight]) -> None:
+    """Bring positions back into the range of codes; after every step."""
+    positions: list[Tensor] = [weight.position for weight in weights if weight.position is not None]
+    if positions:  # as few launches for all of them as torch can make
+        torch._foreach_clamp_min_(positions, LOWEST - _EDGE)
+        torch._foreach_clamp_max_(positions, HIGHEST + _EDGE)
 
 
 def _stored(scales: Tensor, dtype: torch.dtype) -> Tensor:
     return scales + (stored_scale(scales.detach(), dtype).float() - scales).detach()
 
 
-def _grouped(tensor: Tensor, scales: Tensor) -> Tensor:
-    return tensor.reshape(*scales.shape, -1)
-
-
-def _scaled(codes: Tensor, scales: Tensor) -> Tensor:
-    """scale · code, computed in float32; in the dtype of autocast where that is on, without a float32 table first."""
-    kind = codes.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else scales.dtype
-    product = torch.empty((*scales.shape, codes.numel() // scales.numel()), dtype=dtype, device=codes.device)
-    return torch.mul(_grouped(codes, scales), scales[..., None], out=product).reshape(codes.shape)
-
-
 class _MovingCodes(torch.autograd.Function):
-    """scale · round(position); keeps its inputs and nothing else."""
+    """scale · round(position), see `tuning_steps.py`; keeps its inputs and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, position: Tensor, scales: Tensor) -> Tensor:
-        ctx.save_for_backward(position, scales)
-        return _scaled(_nearest(position), scales)
+    def forward(
+        ctx: Any, position: Tensor, shift: Tensor, start: Tensor, scale_dtype: torch.dtype, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(position, shift, start)
+        ctx.scale_dtype = scale_dtype
+        return tuning_loops(position.device).moved_weight(position, shift, start, scale_dtype, dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        position, scales = ctx.saved_tensors
-        grouped = _grouped(gradient, scales)
-        of_scales = (grouped * _grouped(_nearest(position), scales)).sum(-1)
-        return (grouped * scales[..., None]).reshape(position.shape), of_scales
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        position, shift, start = ctx.saved_tensors
+        loops = tuning_loops(position.device)
+        return *loops.moved_gradients(gradient, position, shift, start, ctx.scale_dtype), None, None, None
 
 
 class _FixedCodes(torch.autograd.Function):
     """scale · code for int8 codes."""
 
     @staticmethod
-    def forward(ctx: Any, codes: Tensor, scales: Tensor) -> Tensor:
+    def forward(ctx: Any, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(codes, scales)
-        return _scaled(codes, scales)
+        return scaled(codes, scales, dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         codes, scales = ctx.saved_tensors
-        return None, (_grouped(gradient, scales) * _grouped(codes, scales).to(scales.dtype)).sum(-1)
+        return None, (grouped(gradient, scales) * grouped(codes, scales).to(scales.dtype)).sum(-1), None

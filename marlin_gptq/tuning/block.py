@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.blocks import BlockStream
-from marlin_gptq.quantization.tunable import TunableWeight
+from marlin_gptq.quantization.tunable import TunableWeight, clamp_
 from marlin_gptq.quantization.weight import QuantizedWeight
 from marlin_gptq.report import BlockRecord
 from marlin_gptq.tuning.block_memory import TUNED_TOKENS
@@ -153,8 +153,7 @@ class _Tunable:
         return {name: weight() for name, weight in self.weights.items()} | self._moved()
 
     def clamp_(self) -> None:
-        for weight in self.weights.values():
-            weight.clamp_()
+        clamp_(self.weights.values())
 
     @torch.no_grad()
     def stored(self, dtype: torch.dtype) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:

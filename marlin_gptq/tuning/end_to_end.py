@@ -22,6 +22,7 @@ from torch import Tensor
 from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.quantization.distillation import divergence
+from marlin_gptq.quantization.tunable import clamp_
 from marlin_gptq.tuning.memory import Plan
 from marlin_gptq.tuning.replay import Direct, Replayed
 from marlin_gptq.tuning.student import Student
@@ -147,8 +148,7 @@ def tune(
             loss.backward()
             total += loss.detach()
         optimizer.step()
-        for layer in student.layers.values():
-            layer.clamp_()
+        clamp_(student.layers.values())
         return total
 
     run = Replayed(step, optimizer) if recorded else Direct(step, optimizer)
@@ -164,15 +164,17 @@ def tune(
 
 
 @torch.no_grad()
-def mean_divergence(student: Student, windows: Tensor, teacher: Tensor) -> float:
-    """Mean KL in nats over windows int64 [windows, T] that nothing is learnt from; arguments as of `tune`."""
+def mean_divergence(student: Student, windows: Tensor, teacher: Tensor, batch: int = 1) -> float:
+    """Mean KL in nats over windows int64 [windows, T] that nothing is learnt from, `batch` at once; arguments as of
+    `tune`."""
     weight, bias = student.head()
     total = 0.0
     with tensor_cores():
-        for ids, target in zip(windows, teacher, strict=True):
+        for ids, target in zip(windows.split(batch), teacher.split(batch), strict=True):
             with torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.device.type == "cuda"):
-                hidden = student.hidden(ids[None].to(weight.device))
-            total += float(divergence(hidden.float()[0], target.to(weight.device), weight, bias))
+                hidden = student.hidden(ids.to(weight.device))
+            aim = target.to(weight.device).flatten(0, 1)
+            total += float(divergence(hidden.float().flatten(0, 1), aim, weight, bias)) * len(ids)
     return total / len(windows)
 
 

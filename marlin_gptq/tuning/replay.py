@@ -25,12 +25,12 @@ class Direct:
 
 
 class Replayed:
-    """The step as a CUDA graph, after a few direct ones that make the optimizer's state and warm the libraries up.
+    """The step as a CUDA graph, after a direct one that makes the optimizer's state and warms the libraries up.
 
     All inputs must have the shapes of the first.
     """
 
-    WARM = 3
+    WARM = 1
 
     def __init__(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         self.direct = Direct(step, optimizer)

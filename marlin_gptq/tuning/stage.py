@@ -84,7 +84,8 @@ def tune_checkpoint(
     learnt = slice(judged, None) if len(text) > judged else slice(None)
     with costs.measure("tune end to end"):
         student = Student(model_dir, quantized_dir, tune_codes=config.tune_codes, length=length, device=device)
-        before = mean_divergence(student, text[:judged], teacher[:judged])
+        cut = planned(student, config, length, device, teacher)
+        before = mean_divergence(student, text[:judged], teacher[:judged], cut.micro_batch)
         started_from = {name: layer.quantized().codes for name, layer in student.layers.items()}
         tune(
             student,
@@ -94,10 +95,10 @@ def tune_checkpoint(
             batch=config.tune_batch,
             rates=Rates(config.tune_scale_rate, config.tune_scale_rate, config.tune_rate),
             seed=seed,
-            cut=planned(student, config, length, device, teacher),
+            cut=cut,
             progress=tell("tune"),
         )
-        after = mean_divergence(student, text[:judged], teacher[:judged])
+        after = mean_divergence(student, text[:judged], teacher[:judged], cut.micro_batch)
     helped = after < before
     if not helped:
         logger.warning(

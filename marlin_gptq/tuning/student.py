@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,36 @@ from marlin_gptq.tuning.memory import Sizes
 
 
 class TunableLinear(nn.Module):
-    """y = x · Wᵀ + bias with a TunableWeight."""
+    """y = x · Wᵀ + bias with a TunableWeight; `inputs` is one for all linears of a model."""
 
-    def __init__(self, weight: TunableWeight, bias: Tensor | None) -> None:
+    def __init__(self, weight: TunableWeight, bias: Tensor | None, inputs: RoundedInputs) -> None:
         super().__init__()
         self.tunable = weight
+        self.inputs = inputs
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.tunable(), self.bias)
+        return nn.functional.linear(self.inputs.of(x), self.tunable(), self.bias)
+
+
+class RoundedInputs:
+    """Activations in the dtype of autocast, rounded once for linears that share them.
+
+    Left to autocast, q, k and v would each round their input, and each turn its gradient back into float32.
+    """
+
+    def __init__(self) -> None:
+        self._source: weakref.ref[Tensor] | None = None
+        self._rounded: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return x
+        if self._rounded is None or self._source is None or self._source() is not x:
+            self._source, self._rounded = weakref.ref(x), x.to(torch.get_autocast_dtype(kind))
+        return self._rounded
 
 
 class _Relative(nn.Module):
@@ -80,6 +101,7 @@ class Student:
             self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         names = replace_linears(self.model, config, settings, torch.float16)
         self.layers: dict[str, TunableWeight] = {}
+        inputs = RoundedInputs()
         for name in names:
             shape = self.model.get_submodule(name)
             size = settings.group_size_of(name)
@@ -87,7 +109,7 @@ class Student:
             original = None if originals is None else originals.get(f"{name}.weight").to(device)
             weight = TunableWeight(stored, original)
             bias = store.get(f"{name}.bias").float() if f"{name}.bias" in store else None
-            set_module(self.model, name, TunableLinear(weight, bias).to(device))
+            set_module(self.model, name, TunableLinear(weight, bias, inputs).to(device))
             self.layers[name] = weight
         for name, module in self.model.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
