@@ -38,6 +38,11 @@ JUDGE_WEIGHTS = 6  # one linear's weight: dequantized, difference, image, their 
 # Counted, not measured, as are the matrices of `_beside_factor` and `_beside_solve`; runs with them lie within the
 # same bounds (tests/test_estimates.py).
 REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual, its product with the Hessian
+# Of the K-best search, for each beginning kept: copies of the weight (compensated, once more in order, codes), and
+# float32 values for each column of a block (path, traced path, block and its copy). Seconds of starting a column's work
+# on a GPU (a guess: never measured), and its work in tries of the clipping search for each weight (CPU: 5 to 10).
+BEAM_WEIGHTS, BEAM_BLOCK = 2.25, 9
+BEAM_COLUMN_SECONDS, BEAM_TRIES = 1e-4, 7
 # Values per token and channel alive in a block's forward: residual, norm, attention's operands and result; gate, up,
 # their product.
 FORWARD_HIDDEN, FORWARD_INNER = 6, 3
@@ -82,8 +87,11 @@ class Job:
     compute_bytes    per value in the forward: 2 on a GPU, 4 elsewhere.
     stored_bytes     per 16-bit value of the result: 2.
     shard_size       of the output, in bytes: one shard is filled in host memory while another is written.
-    signed, act_order, plain, sweeps, corrected  the techniques of the recipe beside GPTQ: `signed_scales`, `act_order`,
-                     whether `clip_hessian` is "plain", `refine_sweeps`, whether there is a `correct_target`.
+    signed, act_order, plain, sweeps, corrected, beams  the techniques of the recipe beside GPTQ: `signed_scales`,
+                     `act_order`, whether `clip_hessian` is "plain", `refine_sweeps`, whether there is a
+                     `correct_target`, `beam_width`.
+    weighted         tokens are weighted, so that a Hessian's inputs are there twice in float32.
+    block_size       columns that GPTQ finishes before it updates the rest.
     tuned            blocks are tuned one by one, or None.
     """
 
@@ -100,6 +108,9 @@ class Job:
     sweeps: int = 0
     corrected: bool = False
     tuned: TunedBlocks | None = None
+    beams: int = 1
+    weighted: bool = False
+    block_size: int = 128
 
     @classmethod
     def of(cls, config: QuantizationConfig, tokens: int, longest: int, compute_bytes: int, shard_size: int) -> Job:
@@ -122,6 +133,9 @@ class Job:
             sweeps=config.refine_sweeps,
             corrected=config.correct_target > 0,
             tuned=tuned,
+            beams=config.beam_width,
+            weighted=config.token_cap > 0 or config.equal_samples,
+            block_size=config.block_size,
         )
 
 
@@ -295,7 +309,8 @@ def side_by_side(groups: Sequence[tuple[Group, tuple[int, int]]], limit: int, jo
 def beside_bytes(shape: tuple[int, int], job: Job) -> int:
     """What a weight [out_features, in_features] takes until all of its batch are solved."""
     rows, features = shape
-    return (BESIDE_SQUARES + _beside_solve(job)) * 4 * features**2 + BESIDE_WEIGHTS * rows * features
+    beams = _beam_bytes(rows, features, job)
+    return (BESIDE_SQUARES + _beside_solve(job)) * 4 * features**2 + BESIDE_WEIGHTS * rows * features + beams
 
 
 def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float) -> float:
@@ -306,10 +321,12 @@ def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_
     distinct inputs, their factors, GPTQ's trailing updates, and the clipping search, with what the techniques of the
     recipe add to them; OTHER_WORK stands for the rest.
     """
-    products, tried = 0.0, 0.0
+    products, tried, columns = 0.0, 0.0, 0
     passes = 5 if job.corrected else 2  # of all tokens
-    candidates = len(CLIP_RATIOS) * job.clip * (3 if job.signed else 1)
-    updates = 0.5 + 4 * job.sweeps + 2 * job.corrected  # products of a weight with a matrix like the Hessian
+    searched = job.beams > 1
+    candidates = len(CLIP_RATIOS) * job.clip * (3 if job.signed else 1) + searched * BEAM_TRIES * job.beams
+    # Products of a weight with a matrix like the Hessian.
+    updates = 0.5 * job.beams + 4 * job.sweeps + 2 * job.corrected
     factors = 3 if job.act_order == "columns" else 2
     for block in outline.blocks:
         share = {True: outline.experts_per_token / max(1, _experts(block)), False: 1.0}
@@ -318,6 +335,7 @@ def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_
         for name, features in _inputs(block):
             sums = 2 if job.corrected else 1
             products += sums * job.tokens * share[".experts." in name] * features**2 + factors * features**3
+            columns += features
         for linear in block.quantized:
             products += updates * linear.out_features * linear.in_features**2
             tried += linear.out_features * linear.in_features * candidates
@@ -325,6 +343,7 @@ def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_
             weights = sum(linear.out_features * linear.in_features for linear in block.linears)
             products += 4 * job.tuned.steps * job.tuned.step_tokens * weights
     counted = products / products_per_second + tried / clip_values_per_second
+    counted += searched * columns * BEAM_COLUMN_SECONDS
     return OTHER_WORK * counted if job.tokens else 0.0
 
 
@@ -338,7 +357,7 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     hessians *= 2 if job.corrected else 1
     inner = max((x.in_features for x in block.linears), default=0)
     per_token = (FORWARD_HIDDEN * outline.hidden + FORWARD_INNER * widest) * job.compute_bytes
-    per_token += inner * 4 if job.compute_bytes != 4 else 0  # inputs of a Hessian as float32
+    per_token += inner * 4 * ((job.compute_bytes != 4) + job.weighted)  # inputs of a Hessian as float32, and weighted
     if job.corrected:  # all inputs, of the quantized and of the full-precision model, and those of one as float32
         per_token += 2 * sum(features for _, features in inputs) * job.compute_bytes
         per_token += inner * 4 * (1 if job.compute_bytes == 4 else 3)
@@ -399,7 +418,16 @@ def _solve_bytes(block: BlockOutline, name: str, stacked: int, rows: int, featur
     largest = max(x.out_features for x in block.quantized if x.input == name)
     solve = SOLVE_WEIGHTS - 1.25 + (job.act_order != "none") + (job.act_order == "columns") + job.corrected
     refine = (REFINE_WEIGHTS - 1.25 + job.corrected) * weight if job.sweeps and job.tokens else 0.0
-    return whole + int(max(solve * weight + scratch, refine, JUDGE_WEIGHTS * largest * features * 4))
+    solved = solve * weight + scratch + _beam_bytes(rows, features, job)
+    return whole + int(max(solved, refine, JUDGE_WEIGHTS * largest * features * 4))
+
+
+def _beam_bytes(rows: int, features: int, job: Job) -> int:
+    """What the K-best search takes beside GPTQ's own copies of a weight [rows, features]."""
+    if job.beams == 1 or not job.tokens:
+        return 0
+    copies = BEAM_WEIGHTS * (job.beams - 1) * features
+    return int(4 * rows * (copies + BEAM_BLOCK * job.beams * min(job.block_size, features)))
 
 
 def _inputs(block: BlockOutline) -> list[tuple[str, int]]:
