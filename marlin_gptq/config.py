@@ -109,7 +109,7 @@ class QuantizationConfig:
     clip_hessian  "conditional": clipping is judged as if the columns still to come made up for errors; "plain": not.
     act_order     "none"; "groups": groups and columns inside them by falling diagonal of the Hessian; "columns": all
                   columns so, with scales found beforehand. Groups keep their place on disk in every case.
-    beam_width    beginnings of each row's codes that GPTQ keeps from column to column; 1 is the nearest code alone.
+    beam_width    of a K-best search: the beginnings of each row's codes that are kept from column to column; 1 is GPTQ.
     token_cap     limit a token's weight in the Hessian: squared norm over this many times the median; 0 is no limit.
     equal_samples every sample weighs the same in the Hessian, whatever its length, instead of every token.
     correct_target  share of the correction for inputs that come through quantized blocks, 0 to 1.

@@ -232,5 +232,5 @@ def test_samples_of_many_lengths_give_another_result_and_say_so(tmp_path: Path) 
     stores = [TensorStore(tmp_path / str(equal)) for equal in (False, True)]
     name = "model.layers.0.mlp.down_proj.qweight"
     assert not torch.equal(stores[0].get(name), stores[1].get(name))
-    assert "| samples weighed the same | yes |" in (tmp_path / "True" / "README.md").read_text()
+    assert "| samples of equal weight | yes |" in (tmp_path / "True" / "README.md").read_text()
     assert QuantizationConfig.from_dict(reports[1].to_dict()["config"]).equal_samples

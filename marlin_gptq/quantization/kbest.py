@@ -79,8 +79,8 @@ def kbest_quantize(
     proposals  codes that each beginning tries for a column. With 16, and as many beginnings as there are rows of codes,
                every row is tried and the best found.
 
-    It takes 2·width float32 copies of the weight, and runs in plain torch but for the search of scales and the update
-    behind a block, which are those of `loops.inner_loops`.
+    It takes 2·width float32 copies of the weight, and runs in plain torch, on a GPU too, but for the search of scales and
+    the update behind a block, which are those of `loops.inner_loops`.
     """
     rows, in_features = weight.shape
     columns = lined_up_groups(in_features, group_size, block_size)
@@ -96,6 +96,7 @@ def kbest_quantize(
     loops = inner_loops(weight.device, columns, min(block_size, in_features), scale_dtype)
     whiteners = whiteners_of_groups(upper, hessian, columns) if clip and scales_of_columns is None else None
 
+    row_numbers = torch.arange(rows, device=weight.device)
     kept: list[tuple[Tensor, Tensor]] = []
     for start in range(0, in_features, block_size):
         stop = min(start + block_size, in_features)
@@ -112,7 +113,7 @@ def kbest_quantize(
             own = ahead[0].view(width, rows)
             found = best_children(own, losses, steps.float(), upper[column, column], proposals)
             losses = found.losses
-            source = (found.parent * rows + torch.arange(rows, device=weight.device)).view(-1)
+            source = (found.parent * rows + row_numbers).view(-1)
             errors = found.errors.view(-1)
             path.append((found.codes.view(-1), errors, source))
             ahead = ahead[1:].index_select(1, source)
@@ -122,7 +123,7 @@ def kbest_quantize(
         remaining[:, stop:] = remaining[:, stop:].index_select(0, origin)
         loops.push_errors(remaining[:, stop:], block_errors, upper[start:stop, stop:])
 
-    chosen = torch.arange(rows, device=weight.device)  # the best beginning has become the best row
+    chosen = row_numbers  # the best beginning, at the end, is the best row
     found_codes = []
     for codes, origin in reversed(kept):
         found_codes.append(codes[:, chosen])
