@@ -47,6 +47,15 @@ def test_a_token_weighs_one_over_the_length_of_its_sample() -> None:
     assert found.tolist() == [1, 0.25, 0.25, 0.25, 0.25, 0.5, 0.5] * 2 and found.dtype == torch.float32
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_weights_are_exact_for_16_bit_inputs_too() -> None:
+    parts = [part.half() for part in documents(30, 400, 70, features=256)]
+    weights = equal_samples((30, 400, 70), 1, torch.device("cuda"))
+    hessian = Hessian(256, weights.device)
+    hessian.add(torch.cat(parts).cuda(), weights=weights)
+    torch.testing.assert_close(hessian.mean().cpu().double(), mean_of_means(parts), rtol=1e-4, atol=1e-4)
+
+
 def test_the_hessian_is_the_mean_of_each_samples_own() -> None:
     parts = documents(3, 40, 7, 1)
     found = summed(parts)

@@ -2,7 +2,7 @@
 
 With e_c = (w_c − q_c) / U_cc, w_c being compensated for all columns before, a row's loss (w−q)·H·(w−q)ᵀ is Σ e_c²: each
 column adds its part and later columns never lower it. GPTQ takes the nearest code of every column, which is Babai's
-nearest plane on the lattice of the columns of U⁻ᵀ (Babai, "On Lovász' lattice reduction and the nearest lattice point
+nearest plane on the lattice of the rows of U⁻¹ (Babai, "On Lovász' lattice reduction and the nearest lattice point
 problem", 1986; Chen et al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", arXiv
 2507.18553). Here the nearest codes of every kept beginning are tried, and those with the least sum so far go on: the
 K-best sphere decoder (Guo and Nilsson, "Algorithm and Implementation of the K-Best Sphere Decoding for MIMO Detection",
@@ -79,7 +79,7 @@ def kbest_quantize(
     proposals  codes that each beginning tries for a column. With 16, and as many beginnings as there are rows of codes,
                every row is tried and the best found.
 
-    It takes 2·width float32 copies of the weight, and runs in plain torch, on a GPU too, but for the search of scales and
+    It takes 2·width float32 copies of the weight. It runs in plain torch, on a GPU too, but for the search of scales and
     the update behind a block, which are those of `loops.inner_loops`.
     """
     rows, in_features = weight.shape
