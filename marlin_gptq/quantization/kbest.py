@@ -79,8 +79,8 @@ def kbest_quantize(
     proposals  codes that each beginning tries for a column. With 16, and as many beginnings as there are rows of codes,
                every row is tried and the best found.
 
-    It takes 2·width float32 copies of the weight. It runs in plain torch, on a GPU too, but for the search of scales and
-    the update behind a block, which are those of `loops.inner_loops`.
+    It takes 2·width float32 copies of the weight. It runs in plain torch, on a GPU too, but for the search of scales
+    and the update behind a block, which are those of `loops.inner_loops`.
     """
     rows, in_features = weight.shape
     columns = lined_up_groups(in_features, group_size, block_size)
