@@ -205,14 +205,15 @@ def test_experts_weigh_the_tokens_routed_to_them(tmp_path: Path, architecture: s
         assert found.tokens[shared] == sum(lengths)
 
 
-def test_vectors_that_are_not_tokens_are_refused() -> None:
-    weights = SampleWeights({})
-    for _, lengths in weights.over([(torch.zeros(1, 7, 4), (3, 4))]):
+def test_vectors_that_are_not_tokens_are_refused(tmp_path: Path) -> None:
+    stream = BlockStream(save_tiny_model(tmp_path / "model"), device=CPU)
+    with stream.block(0) as block:
+        weights = SampleWeights(block, {})
+        stream.run(0, torch.zeros(1, 7, 128), (3, 4))
         assert weights.of("o_proj", torch.zeros(1, 7, 9)).sum() == pytest.approx(2)
-        assert lengths == (3, 4)
         with pytest.raises(InputError, match="equal_samples: q_proj got 14 vectors for 7 tokens"):
             weights.of("q_proj", torch.zeros(14, 9))
-    for _ in weights.over([(torch.zeros(3, 5, 4), ())]):
+        stream.run(0, torch.zeros(3, 5, 128))
         assert weights.of("o_proj", torch.zeros(15, 9)).tolist() == [pytest.approx(0.2)] * 15
 
 

@@ -13,7 +13,7 @@ quantized, stored and loaded like every other linear. The router stays what it w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,25 +69,20 @@ class Experts(nn.Module):
 
         Each expert sees the tokens routed to it in one call; an expert without tokens is not called.
         """
+        chosen = top_k_index.flatten()
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=len(self)).tolist()
         output = torch.zeros_like(hidden_states)
-        for index, places in routed(top_k_index, len(self)):
-            tokens = places // top_k_index.shape[1]
-            weights = top_k_weights.flatten()[places].unsqueeze(1)
-            # A token chooses an expert once at most: no two rows of this sum meet, so it has one result.
-            output.index_add_(0, tokens, (self[index](hidden_states[tokens]) * weights).to(output.dtype))
+        start = 0
+        for index, count in enumerate(counts[: len(self)]):
+            places = order[start : start + count]
+            start += count
+            if count:
+                tokens = places // top_k_index.shape[1]
+                weights = top_k_weights.flatten()[places].unsqueeze(1)
+                # A token chooses an expert once at most: no two rows of this sum meet, so it has one result.
+                output.index_add_(0, tokens, (self[index](hidden_states[tokens]) * weights).to(output.dtype))
         return output
-
-
-def routed(top_k_index: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
-    """(number, its places in top_k_index.flatten(), rising) of each expert that a token of [tokens, chosen] chose."""
-    chosen = top_k_index.flatten()
-    order = chosen.argsort(stable=True)
-    counts = torch.bincount(chosen, minlength=experts).tolist()
-    start = 0
-    for index, count in enumerate(counts[:experts]):
-        if count:
-            yield index, order[start : start + count]
-        start += count
 
 
 def separate_experts(model: nn.Module, config: Any) -> None:

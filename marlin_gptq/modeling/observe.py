@@ -99,20 +99,21 @@ def collect_hessians(
     """
     hessians = {group[0]: Hessian(linears[group[0]].in_features, stream.device) for group in groups}
     experts = _experts_of(stream.block_module(index), stream.block_name(index))
-    weights = SampleWeights({name: own[:2] for name, own in experts.items()}) if equal_samples else None
-    hooks = [] if weights is None else weights.hooks
-    hooks += [
-        linears[name].register_forward_pre_hook(_summing(h, name, token_cap, weights)) for name, h in hessians.items()
+    weights = SampleWeights(stream.block_module(index), experts) if equal_samples else None
+    hooks = [
+        linears[name].register_forward_pre_hook(_summing(h, token_cap, weights, name)) for name, h in hessians.items()
     ]
+    hooks += weights.hooks if weights is not None else []
     if not experts.keys() & hessians.keys():  # which experts run, and in what order, depends on the tokens
         hooks.append(linears[groups[-1][0]].register_forward_pre_hook(_enough))
-    _pass(stream, index, hidden if weights is None else weights.over(hidden), hooks)
+    _pass(stream, index, hidden, hooks)
     add_up(hessians.values())
     found = Calibrated(hessians, {name: hessian.tokens for name, hessian in hessians.items()})
     starved = [name for name, h in hessians.items() if name in experts and h.tokens < linears[name].in_features]
     if starved:
-        lent = {name: experts[name] for name in starved}
-        _fill_up(stream, index, lent, found, hidden, add_up, token_cap, equal_samples)
+        _fill_up(
+            stream, index, {name: experts[name] for name in starved}, found, hidden, add_up, token_cap, equal_samples
+        )
     return found
 
 
@@ -129,21 +130,20 @@ def _fill_up(
     """Hessians of the whole layer's tokens, for the gate and up projections one for all, for each down its own."""
     layer: dict[int, Hessian] = {}
     own: dict[str, Hessian] = {}
-    hooks = []
-    weights = SampleWeights({}) if equal_samples else None  # of all tokens: nothing is routed here
+    weights = SampleWeights(stream.block_module(index), {}) if equal_samples else None  # of all tokens, as they come
+    hooks = list(weights.hooks) if weights is not None else []
     for name, (experts, number, down) in starved.items():
         features = found.hessians[name].sum.shape[0]
         if down:
             own[name] = Hessian(features, stream.device)
-            image = experts[number].inner
-            hooks.append(experts.register_forward_pre_hook(_summing(own[name], name, token_cap, weights, image)))
+            summing = _summing(own[name], token_cap, weights, image=experts[number].inner)
+            hooks.append(experts.register_forward_pre_hook(summing))
         else:
             if id(experts) not in layer:
                 layer[id(experts)] = Hessian(features, stream.device)
-                prior = layer[id(experts)]
-                hooks.append(experts.register_forward_pre_hook(_summing(prior, name, token_cap, weights)))
+                hooks.append(experts.register_forward_pre_hook(_summing(layer[id(experts)], token_cap, weights)))
             own[name] = layer[id(experts)]
-    _pass(stream, index, hidden if weights is None else weights.over(hidden), hooks)
+    _pass(stream, index, hidden, hooks)
     add_up({id(prior): prior for prior in own.values()}.values())
     for name, prior in own.items():
         found.hessians[name].fill_up(prior, len(prior.sum))
@@ -152,9 +152,9 @@ def _fill_up(
 
 def _summing(
     hessian: Hessian,
-    name: str,
     token_cap: float,
     weights: SampleWeights | None,
+    name: str = "",
     image: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[nn.Module, tuple], None]:
     def hook(_: nn.Module, args: tuple) -> None:
@@ -232,8 +232,8 @@ def collect_cross(
 
     hooks = [linears[name].register_forward_pre_hook(catch(name)) for name in crosses]
     hooks.append(linears[groups[-1][0]].register_forward_pre_hook(_enough))
-    weights = SampleWeights({}) if equal_samples else None
-    hidden = hidden if weights is None else weights.over(hidden)
+    weights = SampleWeights(stream.block_module(index), {}) if equal_samples else None
+    hooks += weights.hooks if weights is not None else []
     try:
         for (arriving, lengths), (exact, _) in zip(hidden, full, strict=True):
             with full_precision(linears, originals), suppress(_Enough):
