@@ -225,15 +225,15 @@ class BlockRun:
         originals: dict[str, Tensor],
         samples: Packed,
     ) -> Calibrated:
-        cap = self.config.token_cap
+        weighing = self.config.token_cap, self.config.equal_samples
         with self.costs.measure("hessians"):
-            found = collect_hessians(self.stream, index, groups, linears, samples, self.team.add_up, cap)
+            found = collect_hessians(self.stream, index, groups, linears, samples, self.team.add_up, *weighing)
         self._warn_of_starved(found)
         if self.full is not None:
             with self.costs.measure("correct target"):
                 full = Packed(self.full, samples.packs)
                 self.crosses = collect_cross(
-                    self.stream, index, groups, linears, originals, samples, full, self.team.add_up, cap
+                    self.stream, index, groups, linears, originals, samples, full, self.team.add_up, *weighing
                 )
         return found
 

@@ -11,6 +11,9 @@ from marlin_gptq.quantization.grid import CLIP_RATIOS
 
 # Measured time over what `seconds` counts: five runs on a CPU took 1.13 to 1.39 of it.
 OTHER_WORK = 1.25
+# Of the K-best search: seconds of starting a column's work on a GPU (a guess: never measured), and its work in tries of
+# the clipping search for each weight (CPU: 5 to 10).
+BEAM_COLUMN_SECONDS, BEAM_TRIES = 1e-4, 7
 
 
 def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float) -> float:
@@ -21,10 +24,12 @@ def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_
     distinct inputs, their factors, GPTQ's trailing updates, and the clipping search, with what the techniques of the
     recipe add to them; OTHER_WORK stands for the rest.
     """
-    products, tried = 0.0, 0.0
+    products, tried, columns = 0.0, 0.0, 0
     passes = 5 if job.corrected else 2  # of all tokens
-    candidates = len(CLIP_RATIOS) * job.clip * (3 if job.signed else 1)
-    updates = 0.5 + 4 * job.sweeps + 2 * job.corrected  # products of a weight with a matrix like the Hessian
+    searched = job.beams > 1
+    candidates = len(CLIP_RATIOS) * job.clip * (3 if job.signed else 1) + searched * BEAM_TRIES * job.beams
+    # Products of a weight with a matrix like the Hessian.
+    updates = 0.5 * job.beams + 4 * job.sweeps + 2 * job.corrected
     factors = 3 if job.act_order == "columns" else 2
     for block in outline.blocks:
         share = {True: outline.experts_per_token / max(1, _experts(block)), False: 1.0}
@@ -33,6 +38,7 @@ def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_
         for name, features in inputs_of(block):
             sums = 2 if job.corrected else 1
             products += sums * job.tokens * share[".experts." in name] * features**2 + factors * features**3
+            columns += features
         for linear in block.quantized:
             products += updates * linear.out_features * linear.in_features**2
             tried += linear.out_features * linear.in_features * candidates
@@ -40,6 +46,7 @@ def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_
             weights = sum(linear.out_features * linear.in_features for linear in block.linears)
             products += 4 * job.tuned.steps * job.tuned.step_tokens * weights
     counted = products / products_per_second + tried / clip_values_per_second
+    counted += searched * columns * BEAM_COLUMN_SECONDS
     return OTHER_WORK * counted if job.tokens else 0.0
 
 

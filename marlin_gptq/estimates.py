@@ -36,6 +36,9 @@ JUDGE_WEIGHTS = 6  # one linear's weight: dequantized, difference, image, their 
 # Counted, not measured, as are the matrices of `_beside_factor` and `_beside_solve`; runs with them lie within the
 # same bounds (tests/test_estimates.py).
 REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual, its product with the Hessian
+# Of the K-best search, for each beginning kept: copies of the weight (compensated, once more in order, codes), and
+# float32 values for each column of a block (path, traced path, block and its copy).
+BEAM_WEIGHTS, BEAM_BLOCK = 2.25, 9
 # Values per token and channel alive in a block's forward: residual, norm, attention's operands and result; gate, up,
 # their product.
 FORWARD_HIDDEN, FORWARD_INNER = 6, 3
@@ -60,8 +63,11 @@ class Job:
     compute_bytes    per value in the forward: 2 on a GPU, 4 elsewhere.
     stored_bytes     per 16-bit value of the result: 2.
     shard_size       of the output, in bytes: one shard is filled in host memory while another is written.
-    signed, act_order, plain, sweeps, corrected  the techniques of the recipe beside GPTQ: `signed_scales`, `act_order`,
-                     whether `clip_hessian` is "plain", `refine_sweeps`, whether there is a `correct_target`.
+    signed, act_order, plain, sweeps, corrected, beams  the techniques of the recipe beside GPTQ: `signed_scales`,
+                     `act_order`, whether `clip_hessian` is "plain", `refine_sweeps`, whether there is a
+                     `correct_target`, `beam_width`.
+    weighted         tokens are weighted, so that a Hessian's inputs are there twice in float32.
+    block_size       columns that GPTQ finishes before it updates the rest.
     tuned            blocks are tuned one by one, or None.
     """
 
@@ -78,6 +84,9 @@ class Job:
     sweeps: int = 0
     corrected: bool = False
     tuned: TunedBlocks | None = None
+    beams: int = 1
+    weighted: bool = False
+    block_size: int = 128
 
     @classmethod
     def of(cls, config: QuantizationConfig, tokens: int, longest: int, compute_bytes: int, shard_size: int) -> Job:
@@ -100,6 +109,9 @@ class Job:
             sweeps=config.refine_sweeps,
             corrected=config.correct_target > 0,
             tuned=tuned,
+            beams=config.beam_width,
+            weighted=config.token_cap > 0 or config.equal_samples,
+            block_size=config.block_size,
         )
 
 
@@ -209,7 +221,8 @@ def side_by_side(groups: Sequence[tuple[Group, tuple[int, int]]], limit: int, jo
 def beside_bytes(shape: tuple[int, int], job: Job) -> int:
     """What a weight [out_features, in_features] takes until all of its batch are solved."""
     rows, features = shape
-    return (BESIDE_SQUARES + _beside_solve(job)) * 4 * features**2 + BESIDE_WEIGHTS * rows * features
+    beams = _beam_bytes(rows, features, job)
+    return (BESIDE_SQUARES + _beside_solve(job)) * 4 * features**2 + BESIDE_WEIGHTS * rows * features + beams
 
 
 def _all_phases(outline: Outline, job: Job, plan: Plan) -> Iterator[tuple[str, int, int]]:
@@ -237,7 +250,7 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     hessians *= 2 if job.corrected else 1
     inner = max((x.in_features for x in block.linears), default=0)
     per_token = (FORWARD_HIDDEN * outline.hidden + FORWARD_INNER * widest) * job.compute_bytes
-    per_token += inner * 4 if job.compute_bytes != 4 else 0  # inputs of a Hessian as float32
+    per_token += inner * 4 * ((job.compute_bytes != 4) + job.weighted)  # inputs of a Hessian as float32, and weighted
     if job.corrected:  # all inputs, of the quantized and of the full-precision model, and those of one as float32
         per_token += 2 * sum(features for _, features in inputs) * job.compute_bytes
         per_token += inner * 4 * (1 if job.compute_bytes == 4 else 3)
@@ -278,7 +291,16 @@ def _solve_bytes(block: BlockOutline, name: str, stacked: int, rows: int, featur
     largest = max(x.out_features for x in block.quantized if x.input == name)
     solve = SOLVE_WEIGHTS - 1.25 + (job.act_order != "none") + (job.act_order == "columns") + job.corrected
     refine = (REFINE_WEIGHTS - 1.25 + job.corrected) * weight if job.sweeps and job.tokens else 0.0
-    return whole + int(max(solve * weight + scratch, refine, JUDGE_WEIGHTS * largest * features * 4))
+    solved = solve * weight + scratch + _beam_bytes(rows, features, job)
+    return whole + int(max(solved, refine, JUDGE_WEIGHTS * largest * features * 4))
+
+
+def _beam_bytes(rows: int, features: int, job: Job) -> int:
+    """What the K-best search takes beside GPTQ's own copies of a weight [rows, features]."""
+    if job.beams == 1 or not job.tokens:
+        return 0
+    copies = BEAM_WEIGHTS * (job.beams - 1) * features
+    return int(4 * rows * (copies + BEAM_BLOCK * job.beams * min(job.block_size, features)))
 
 
 def inputs_of(block: BlockOutline) -> list[tuple[str, int]]:

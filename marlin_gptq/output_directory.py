@@ -42,6 +42,8 @@ def model_card(report: QuantizeReport) -> str:
             ("true-sequential", "yes" if config.true_sequential else "no"),
             ("signed scales", "yes" if config.signed_scales else "no"),
             ("act-order", config.act_order),
+            ("beam width of the K-best search", str(config.beam_width)),
+            ("samples of equal weight", "yes" if config.equal_samples else "no"),
             ("sweeps of refinement", str(config.refine_sweeps)),
             ("steps of tuning, block by block", str(config.tune_block_steps)),
             ("steps of end-to-end tuning", str(config.tune_steps)),

@@ -23,6 +23,12 @@ def test_time_grows_with_its_parts(tmp_path: Path) -> None:
     assert seconds(found, Job(0, 0, 2, 10**9), 1e14, 1e12) == 0
     plain = Job.of(QuantizationConfig(), 128_000, 4096, 2, 10**9)
     assert seconds(found, plain, 1e14, 1e12) == few
-    for changes in ({"refine_sweeps": 1}, {"signed_scales": True}, {"correct_target": 0.5}, {"tune_block_steps": 9}):
+    for changes in (
+        {"refine_sweeps": 1},
+        {"signed_scales": True},
+        {"correct_target": 0.5},
+        {"tune_block_steps": 9},
+        {"beam_width": 2},
+    ):
         more = Job.of(QuantizationConfig(**changes), 128_000, 4096, 2, 10**9)  # type: ignore[arg-type]
         assert seconds(found, more, 1e14, 1e12) > few

@@ -36,8 +36,9 @@ from marlin_gptq.modeling.outline import outline
 torch.set_num_threads(1)
 source, count, length, method = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 techniques = dict(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1)
+beams = dict(beam_width=8, act_order="groups", equal_samples=True)
 blocks = dict(tune_block_steps=2, tune_codes=True)
-gptq, more = method != "rtn", {"techniques": techniques, "blocks": blocks}.get(method, {})
+gptq, more = method != "rtn", {"techniques": techniques, "blocks": blocks, "beams": beams}.get(method, {})
 config = QuantizationConfig(method="gptq" if gptq else "rtn", clip=False, **more)
 found = outline(source, config)
 before = resident_bytes()
@@ -78,6 +79,8 @@ def test_memory_of_a_measured_run(tmp_path: Path) -> None:
         ({"hidden_size": 1024, "intermediate_size": 2816}, 1, 2, "rtn"),
         ({"hidden_size": 768, "intermediate_size": 4096}, 8, 512, "techniques"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 16, 256, "techniques"),
+        ({"hidden_size": 1024, "intermediate_size": 2816}, 16, 256, "beams"),
+        ({"hidden_size": 768, "intermediate_size": 4096}, 8, 512, "beams"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 8, 1024, "blocks"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 32, 64, "blocks"),
         ({"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 64000}, 64, 1024, "techniques"),
@@ -101,6 +104,14 @@ def test_more_of_anything_takes_no_less(tmp_path: Path) -> None:
     assert memory(found, job, Plan("disk")).host == base.host
     assert memory(found, job, Plan("host", rows=2048)).device <= host.device
     assert memory_on_cpu(found, job, Plan()) >= base.device + base.host
+    # Two copies more of gate and up for each beginning that is kept, and codes and the columns of a block beside them.
+    eight, nine = (memory(found, replace(job, beams=beams), Plan()) for beams in (8, 9))
+    assert eight.phase == "solve" and nine.device - eight.device > 2 * 4 * 2 * 11008 * 4096
+    assert memory(found, replace(job, beams=8), Plan(rows=512)).device < eight.device
+    unread = [memory(found, replace(job, beams=beams, tokens=0, longest=0), Plan()) for beams in (1, 8)]
+    assert unread[0] == unread[1], "round-to-nearest searches nothing"
+    assert beside_bytes((64, 64), replace(job, beams=4)) > beside_bytes((64, 64), job)
+    assert memory(found, replace(job, weighted=True), Plan()).device >= base.device
     for technique in ({"corrected": True}, {"act_order": "groups"}, {"sweeps": 1}):
         more = replace(job, **technique)  # type: ignore[arg-type]
         assert memory(found, more, Plan()).device >= base.device + (0 if "sweeps" in technique else 4 * 4096**2), (

@@ -217,7 +217,7 @@ def test_a_hessian_is_filled_up_to_its_features() -> None:
     few, prior = Hessian(8, CPU), Hessian(8, CPU)
     inputs = torch.randn(3, 8)
     few.add(inputs)
-    prior.sum, prior.tokens = random_hessian(8, seed=1) * 50, 50
+    prior.sum, prior.tokens, prior.total = random_hessian(8, seed=1) * 50, 50, 50.0
     expected = (3 * few.mean() + 5 * prior.mean()) / 8
     few.fill_up(prior, 8)
     torch.testing.assert_close(few.mean(), expected)

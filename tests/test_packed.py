@@ -259,8 +259,10 @@ def quantize(source: Path, output: Path, plan: Plan, monkeypatch: pytest.MonkeyP
         # What rounds otherwise once, by the order of a sum, the refinement carries on through its row.
         ("llama", {"correct_target": 0.5, "refine_sweeps": 1}, 0.95),
         ("mixtral", {"true_sequential": True}, 0.99),
+        ("llama", {"equal_samples": True, "correct_target": 0.5}, 0.95),
+        ("mixtral", {"equal_samples": True}, 0.98),
     ],
-    ids=["llama", "techniques", "experts"],
+    ids=["llama", "techniques", "experts", "equal samples", "equal samples and experts"],
 )
 def test_codes_are_those_of_samples_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, changes: dict, share: float
