@@ -139,7 +139,7 @@ def quantize_model(
         shared |= {TOGETHER: plan.tuned_tokens} if config.tunes_blocks else {}
         work.begin(_facts(model_dir, config, target, shard_size, device) | shared, samples)
     disk = work.directory if work else output.absolute().parent
-    run = BlockRun(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team, costs)
+    run = BlockRun(stream, config, target, sum(map(len, linears)), progress, plan, disk, team, costs, work=work)
     name = work.id if work else None
     # Only the first process writes.
     writing = CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, run=name) if team.leads else None
@@ -158,12 +158,12 @@ def quantize_model(
             if writer is not None:
                 with costs.measure("write"):
                     for name, tensor in tensors.items():
-                        writer.add(stream.file_name(name), tensor)
+                        writer.add(stream.weights.file_name(name), tensor)
         run.report("write", stream.n_blocks - 1, None, None)
         if writer is not None:
             with costs.measure("write"):
                 writer.drain()
-        unknown = stream.unknown_tensors()
+        unknown = stream.weights.unknown_tensors()
         if unknown and team.leads:
             logger.warning(
                 "%d tensors that the architecture has no place for were left out (%s)",

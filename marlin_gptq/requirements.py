@@ -23,10 +23,11 @@ from marlin_gptq.modeling.architecture import (
     require_divisible,
     require_full_precision,
 )
-from marlin_gptq.modeling.blocks import BlockStream, stored_dtype
+from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.experts import expert_lists
 from marlin_gptq.modeling.linear import padded_features
 from marlin_gptq.modeling.outline import outline
+from marlin_gptq.modeling.streamed_weights import stored_dtype
 from marlin_gptq.overrides import require_matches
 from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.tuning.memory import Sizes, plan
@@ -240,7 +241,7 @@ def output_bytes(
         k, n = padded_features(linear.in_features, linear.out_features)
         groups = linear.in_features // columns_per_group(linear.in_features, config.group_size_of(name))
         size += k * n // 2 + groups * n * target.itemsize
-    for name, elements in stream.elements():
+    for name, elements in stream.weights.elements():
         if name.removesuffix(".weight") not in replaced:
             size += elements * target.itemsize
     return size

@@ -55,7 +55,7 @@ def test_separate_experts_compute_what_the_fused_ones_do(tmp_path: Path, archite
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, experts_implementation="eager")
     with torch.no_grad():
         torch.testing.assert_close(run_blocks(stream, IDS), model(IDS).logits, rtol=1e-5, atol=1e-6)
-    assert stream.unknown_tensors() == []
+    assert stream.weights.unknown_tensors() == []
 
 
 @EVERY
@@ -135,7 +135,7 @@ def test_experts_fused_in_the_files_are_read_by_parts(tmp_path: Path) -> None:
     save_file(tensors, fused / "model.safetensors", metadata={"format": "pt"})
     (fused / "config.json").write_text((source / "config.json").read_text())
     plain, parts = (BlockStream(directory, device=CPU) for directory in (source, fused))
-    assert torch.equal(run_blocks(plain, IDS), run_blocks(parts, IDS)) and parts.unknown_tensors() == []
+    assert torch.equal(run_blocks(plain, IDS), run_blocks(parts, IDS)) and parts.weights.unknown_tensors() == []
     for directory, name in ((source, "a"), (fused, "b")):
         quantize_model(directory, tmp_path / name, QuantizationConfig(method="rtn"), [], device=CPU)
     a, b = TensorStore(tmp_path / "a"), TensorStore(tmp_path / "b")

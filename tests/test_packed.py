@@ -148,7 +148,7 @@ def test_without_bounds_samples_would_come_out_otherwise(tmp_path: Path) -> None
     with stream.block(0) as block:
         together = stream.run(0, hidden.joined(range(4)), lengths)
         alone = torch.cat([stream.run(0, sample) for sample in hidden], dim=1)
-        args, kwargs = joined_arguments([stream._arguments(0, sample) for sample in hidden])
+        args, kwargs = joined_arguments([stream._asides.arguments(0, sample) for sample in hidden])
         with within_samples(block, [sum(lengths)]):  # one sample, as far as attention knows
             crossing = block(hidden.joined(range(4)), *args, **kwargs)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
