@@ -7,14 +7,22 @@ decoder linear. It needs no GPU.
 
 from __future__ import annotations
 
-import marlin_gptq.modeling.hf  # noqa: F401 (registers the format)
-from marlin_gptq.config import QuantizationConfig
-from marlin_gptq.conversion.convert import convert_checkpoint
-from marlin_gptq.conversion.load import load
-from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError, QuantizationError
-from marlin_gptq.modeling.fused import fuse_projections, split_projections
-from marlin_gptq.modeling.linear import MarlinLinear
-from marlin_gptq.pipeline import quantize_model
+import gc
+
+_collecting = gc.isenabled()
+gc.disable()  # torch and transformers make a million objects that stay: looking through them takes half a second
+try:
+    import marlin_gptq.modeling.hf  # noqa: F401 (registers the format)
+    from marlin_gptq.config import QuantizationConfig
+    from marlin_gptq.conversion.convert import convert_checkpoint
+    from marlin_gptq.conversion.load import load
+    from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError, QuantizationError
+    from marlin_gptq.modeling.fused import fuse_projections, split_projections
+    from marlin_gptq.modeling.linear import MarlinLinear
+    from marlin_gptq.pipeline import quantize_model
+finally:
+    if _collecting:
+        gc.enable()
 
 __version__ = "0.1.0"
 __all__ = [

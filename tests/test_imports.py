@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,3 +166,11 @@ def test_kernel_sources_use_no_torch_headers() -> None:
 def test_every_folder_of_the_house_was_walked() -> None:
     """A renamed folder must not make the tests above pass by walking nothing."""
     assert {part_of(module_name(path)) for path in FILES} == set(PARTS)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_importing_leaves_the_garbage_collector_as_it_was(before: bool) -> None:
+    switch = "enable" if before else "disable"
+    program = f"import gc; gc.{switch}(); import marlin_gptq; print(gc.isenabled())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(before)

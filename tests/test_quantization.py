@@ -219,7 +219,7 @@ def test_clipping_search_against_brute_force() -> None:
 def test_clipping_search_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, upper = random_weight(20, 64, seed=16), factor(random_hessian(64, seed=17), 0.1).upper
     whole = grid.clipped_scale(weight, upper, torch.float16)
-    monkeypatch.setattr(grid, "SCRATCH_ELEMENTS", 20 * 64 * 5)
+    monkeypatch.setattr(grid, "SCRATCH_ELEMENTS_WITHOUT_GPU", 20 * 64 * 5)
     assert (grid.clipped_scale(weight, upper, torch.float16) == whole).float().mean() >= 0.95
 
 

@@ -12,12 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from marlin_gptq.quantization.weight import round_to_codes
-
 # p = 1, 0.99, …, 0.25, as the original Marlin repository searches.
 CLIP_RATIOS = tuple(round(1 - 0.01 * step, 2) for step in range(76))
-# Scratch of the search: rows × columns × candidates tried at once, in elements of float32 (64 MiB).
-SCRATCH_ELEMENTS = 1 << 24
+# Scratch of the search: rows × columns × candidates tried at once, in elements of float32. 64 MiB on a GPU, where a
+# launch costs more than its memory; half a megabyte on a CPU, which keeps it in its caches.
+SCRATCH_ELEMENTS, SCRATCH_ELEMENTS_WITHOUT_GPU = 1 << 24, 1 << 17
 
 
 def full_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,17 +95,17 @@ def best_scales(weight: Tensor, whitener: Tensor, scales: Tensor) -> Tensor:
     """Per row the candidate with the least ‖(Q(w) − w)·V‖² → [rows, 1]; of equal errors the first.
 
     weight float32 [rows, columns]; whitener V float32 [columns, columns]; scales [rows, candidates] of any sign, in the
-    stored dtype, none of them 0. Candidates are tried as many at once as SCRATCH_ELEMENTS allows.
+    stored dtype, none of them 0. Candidates are tried as many at once as the scratch allows, each step in its place.
     """
     rows, columns = weight.shape
     best_error = torch.full((rows, 1), torch.inf, device=weight.device)
     best_scale = scales[:, :1]
-    at_once = max(1, SCRATCH_ELEMENTS // max(1, rows * columns))
+    scratch = SCRATCH_ELEMENTS if weight.is_cuda else SCRATCH_ELEMENTS_WITHOUT_GPU
+    at_once = max(1, scratch // max(1, rows * columns))
     for chunk in scales.split(at_once, dim=1):
-        tried = chunk.t().unsqueeze(-1)  # [candidates, rows, 1]
-        codes = round_to_codes(weight, tried)
-        difference = (codes.float() - 8) * tried.float() - weight
-        errors = (difference @ whitener).square().sum(dim=-1)  # [candidates, rows]
+        tried = chunk.t().unsqueeze(-1).float()  # [candidates, rows, 1]
+        difference = (weight / tried).round_().clamp_(-8, 7).mul_(tried).sub_(weight)  # `round_to_codes` less 8
+        errors = (difference @ whitener).square_().sum(dim=-1)  # [candidates, rows]
         error, index = errors.min(dim=0)  # the first of equals
         better = error.unsqueeze(1) < best_error
         chosen = chunk.gather(1, index.unsqueeze(1))
