@@ -24,12 +24,10 @@ def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_
     distinct inputs, their factors, GPTQ's trailing updates, and the clipping search, with what the techniques of the
     recipe add to them; OTHER_WORK stands for the rest.
     """
-    products, tried, columns = 0.0, 0.0, 0
+    products, tried = 0.0, 0.0
     passes = 5 if job.corrected else 2  # of all tokens
-    searched = job.beams > 1
-    candidates = len(CLIP_RATIOS) * job.clip * (3 if job.signed else 1) + searched * BEAM_TRIES * job.beams
-    # Products of a weight with a matrix like the Hessian.
-    updates = 0.5 * job.beams + 4 * job.sweeps + 2 * job.corrected
+    candidates = len(CLIP_RATIOS) * job.clip * (3 if job.signed else 1)
+    updates = 0.5 + 4 * job.sweeps + 2 * job.corrected  # products of a weight with a matrix like the Hessian
     factors = 3 if job.act_order == "columns" else 2
     for block in outline.blocks:
         share = {True: outline.experts_per_token / max(1, _experts(block)), False: 1.0}
@@ -38,7 +36,6 @@ def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_
         for name, features in inputs_of(block):
             sums = 2 if job.corrected else 1
             products += sums * job.tokens * share[".experts." in name] * features**2 + factors * features**3
-            columns += features
         for linear in block.quantized:
             products += updates * linear.out_features * linear.in_features**2
             tried += linear.out_features * linear.in_features * candidates
@@ -46,8 +43,18 @@ def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_
             weights = sum(linear.out_features * linear.in_features for linear in block.linears)
             products += 4 * job.tuned.steps * job.tuned.step_tokens * weights
     counted = products / products_per_second + tried / clip_values_per_second
-    counted += searched * columns * BEAM_COLUMN_SECONDS
+    if job.beams > 1:
+        counted += _search_seconds(outline, job, products_per_second, clip_values_per_second)
     return OTHER_WORK * counted if job.tokens else 0.0
+
+
+def _search_seconds(outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float) -> float:
+    """What the K-best search takes more than GPTQ."""
+    columns = sum(features for block in outline.blocks for _, features in inputs_of(block))
+    linears = [linear for block in outline.blocks for linear in block.quantized]
+    tries = BEAM_TRIES * job.beams * sum(linear.out_features * linear.in_features for linear in linears)
+    updates = 0.5 * (job.beams - 1) * sum(linear.out_features * linear.in_features**2 for linear in linears)
+    return columns * BEAM_COLUMN_SECONDS + tries / clip_values_per_second + updates / products_per_second
 
 
 def _experts(block: BlockOutline) -> int:
