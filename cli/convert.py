@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from marlin_gptq import __version__
-from marlin_gptq.checkpoint import resolve_model
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.quantize import require_free_name
 from marlin_gptq.errors import InputError
+from marlin_gptq.model_directory import resolve_model
 
 TARGETS = ("marlin", "gptq", "awq", "compressed-tensors", "original")
 EXAMPLES = """\b
@@ -53,15 +53,7 @@ What a format cannot hold is refused by name, before anything is written.
 )
 @click.option("--shard-size", default="1GB", show_default=True, help="Largest size of a weight file.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a hub MODEL.")
-@click.option(
-    "--offline",
-    is_flag=True,
-    envvar=["HF_HUB_OFFLINE"],
-    help="Never use the network, only the hub's local cache. Also switched on by HF_HUB_OFFLINE=1.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@options.source_options
 @click.version_option(__version__)
 def main(**arguments: Any) -> None:
     """Convert MODEL (a 4-bit directory or hub id: Marlin, GPTQ, AWQ, compressed-tensors; or a *.marlin.g128 file).

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlin_gptq.checkpoint import read_json
 from marlin_gptq.cli.options import context_length, show_size, show_time
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.model_directory import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -37,21 +37,16 @@ def estimate(
     """Plain JSON: tensors of the result, bytes, seconds, and the plan. Host memory includes what this process holds.
 
     Memory and seconds are those of the pass over the blocks; "tuning", null without one, is what comes after it.
+    "tuned_blocks_least_gpu_bytes", null without that tuning, must be free: with it a run makes do, more slowly.
 
     Without a GPU here, GPU memory is estimated all the same. InputError where the model cannot be quantized as asked,
     or not within the limit.
     """
     from marlin_gptq.calibration import sequence_length
-    from marlin_gptq.estimates import (
-        SIDE_BY_SIDE,
-        Job,
-        Plan,
-        memory,
-        memory_on_cpu,
-        plan_within,
-        seconds,
-        stored_tensors,
-    )
+    from marlin_gptq.estimated_size import stored_tensors
+    from marlin_gptq.estimated_time import seconds
+    from marlin_gptq.estimates import SIDE_BY_SIDE, Job, Plan, memory, memory_on_cpu
+    from marlin_gptq.memory_plan import plan_within, tuning_needs
     from marlin_gptq.modeling.outline import outline
     from marlin_gptq.requirements import require_combination
     from marlin_gptq.tuning.text import PACKED_BATCH, WINDOW
@@ -90,6 +85,7 @@ def estimate(
         "peak_host_bytes": here + (2 * gpu.host if cuda else on_cpu),
         "host_bytes_now": here,
         "seconds": seconds(made, job(2 if cuda else 4), *rates(device)),
+        "tuned_blocks_least_gpu_bytes": tuning_needs(made, job(2), Plan("host", tuned_tokens=0)) or None,
         "tuning": _tuning(model_dir, config) if config.tunes else None,
         "plan": {
             "place": plan.place,
@@ -125,6 +121,9 @@ def shown(found: dict[str, Any]) -> str:
         + (f", {plan['rows']} rows at once" if plan["rows"] else "")
         + (", Hessians in several passes" if plan["hessian_bytes"] else ""),
     ]
+    least = found["tuned_blocks_least_gpu_bytes"]
+    if least is not None:
+        lines.append(f"tuned blocks {show_size(least)} of free GPU memory at least, with one sample at a time")
     tuning = found["tuning"]
     if tuning is not None:
         least, most = (show_size(tuning[f"{which}_gpu_bytes"]) for which in ("least", "most"))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from marlin_gptq import __version__
-from marlin_gptq.checkpoint import resolve_model
 from marlin_gptq.cli import evaluate_report, evaluate_tasks, evaluate_throughput, failures, options
 from marlin_gptq.cli.progress import Display
+from marlin_gptq.model_directory import resolve_model
 
 if TYPE_CHECKING:
     from marlin_gptq.eval.divergence import Comparison, Divergence

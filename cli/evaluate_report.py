@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from marlin_gptq.checkpoint import resolve_model
 from marlin_gptq.cli import failures, harness_options, options
 from marlin_gptq.cli.evaluate_tasks import HELP, Named, mmlu_tasks, run_models
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
+from marlin_gptq.model_directory import resolve_model
 
 EXAMPLES = """\b
 Examples:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from marlin_gptq.checkpoint import resolve_model
 from marlin_gptq.cli import failures, harness_options, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.task_tables import print_results, result_line
 from marlin_gptq.errors import InputError
+from marlin_gptq.model_directory import resolve_model
 
 if TYPE_CHECKING:
     from marlin_gptq.eval.harness import Suite, TaskResult

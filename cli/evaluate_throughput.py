@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from marlin_gptq.checkpoint import resolve_model
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.evaluate_tasks import HELP
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
+from marlin_gptq.model_directory import resolve_model
 
 if TYPE_CHECKING:
     from marlin_gptq.eval.throughput import Request

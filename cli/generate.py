@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from marlin_gptq import __version__
-from marlin_gptq.checkpoint import resolve_model
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
+from marlin_gptq.model_directory import resolve_model
 
 EXAMPLES = """\b
 Examples:

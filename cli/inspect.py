@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from marlin_gptq import __version__
-from marlin_gptq.checkpoint import resolve_model
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
+from marlin_gptq.model_directory import resolve_model
 
 EXAMPLES = """\b
 Examples:
@@ -40,15 +40,7 @@ Examples:
     metavar="PATH|ID",
     help="Where MODEL is a state dict of the original Marlin repository: the model it was made from.",
 )
-@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a hub MODEL.")
-@click.option(
-    "--offline",
-    is_flag=True,
-    envvar=["HF_HUB_OFFLINE"],
-    help="Never use the network, only the hub's local cache. Also switched on by HF_HUB_OFFLINE=1.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@options.source_options
 @click.version_option(__version__)
 def main(
     model: str,

@@ -1,4 +1,4 @@
-"""Options both commands share, and what their values mean."""
+"""Options that commands share, and what their values mean."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from marlin_gptq.checkpoint import read_json
 from marlin_gptq.errors import InputError
+from marlin_gptq.model_directory import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +23,17 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--device, --revision, --offline, --json, --debug: where and how, alike for both commands."""
+    """--device and `source_options`: where and how, alike for all commands that run a model."""
+    device = click.option(
+        "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+        help="Where to compute; auto takes a GPU if there is one.",
+    )  # fmt: skip
+    return device(source_options(command))
+
+
+def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--revision, --offline, --json, --debug: alike for all commands."""
     options = (
-        click.option(
-            "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
-            help="Where to compute; auto takes a GPU if there is one.",
-        ),
         click.option("--revision", metavar="NAME", help="Branch, tag or commit of a hub MODEL."),
         click.option(
             "--offline", is_flag=True, envvar=["HF_HUB_OFFLINE"],

@@ -11,13 +11,13 @@ import click
 from click.core import ParameterSource
 
 from marlin_gptq import __version__
-from marlin_gptq.checkpoint import read_json, resolve_model
 from marlin_gptq.cli import failures, options, processes, quantize_options, techniques
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.resume import go_on, keeping, options_of, resumed
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
+from marlin_gptq.model_directory import read_json, resolve_model
 from marlin_gptq.output_directory import LOG_FILE
 from marlin_gptq.overrides import read_overrides
 from marlin_gptq.quantization.loops import set_fused

@@ -25,7 +25,15 @@ _OPTIONS = (
         help="Quantize columns of large inputs first: inside and across whole groups, or freely. Groups stay in place.",
     ),
     click.option(
+        "--beam-width", type=int, metavar="K",
+        help="Keep the K best beginnings of each row's codes from column to column (K-best search); 1: plain GPTQ.",
+    ),
+    click.option(
         "--token-cap", type=float, metavar="X", help="Limit a token's weight to X times the median; 0: no limit.",
+    ),
+    click.option(
+        "--equal-samples/--no-equal-samples", default=None,
+        help="Weigh every calibration sample the same, whatever its length, instead of every token.",
     ),
     click.option("--correct-target", type=float, metavar="SHARE", help="Correct weights for quantized inputs, 0 to 1."),
     click.option("--refine-sweeps", type=int, metavar="N", help="Sweeps over scales and codes after the pass."),

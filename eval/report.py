@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from marlin_gptq.checkpoint import read_json
 from marlin_gptq.errors import InputError
 from marlin_gptq.eval.divergence import Comparison
 from marlin_gptq.eval.perplexity import PerplexityResult
+from marlin_gptq.model_directory import read_json
 from marlin_gptq.output_directory import LOG_FILE
 
 

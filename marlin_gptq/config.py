@@ -74,10 +74,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # What `marlin-quantize` takes unless told otherwise; README, help and documents are tested against it.
 DEFAULT_PRESET = "best"
-_SWITCHES = ("clip", "true_sequential", "signed_scales", "pack", "tune_codes")
+_SWITCHES = ("clip", "true_sequential", "signed_scales", "equal_samples", "pack", "tune_codes")
 _CHOICES = {"clip_hessian": ("conditional", "plain"), "act_order": ("none", "groups", "columns")}
 _KINDS: dict[Any, str] = {int: "a whole number", (int, float): "a number"}
 _RANGES: dict[str, tuple[Any, float, float]] = {
+    "beam_width": (int, 1, 64),
     "token_cap": ((int, float), 0, 1e6),
     "correct_target": ((int, float), 0, 1),
     "refine_sweeps": (int, 0, 100),
@@ -108,7 +109,9 @@ class QuantizationConfig:
     clip_hessian  "conditional": clipping is judged as if the columns still to come made up for errors; "plain": not.
     act_order     "none"; "groups": groups and columns inside them by falling diagonal of the Hessian; "columns": all
                   columns so, with scales found beforehand. Groups keep their place on disk in every case.
+    beam_width    of a K-best search: the beginnings of each row's codes that are kept from column to column; 1 is GPTQ.
     token_cap     limit a token's weight in the Hessian: squared norm over this many times the median; 0 is no limit.
+    equal_samples every sample weighs the same in the Hessian, whatever its length, instead of every token.
     correct_target  share of the correction for inputs that come through quantized blocks, 0 to 1.
     refine_sweeps sweeps of coordinate descent over scales and codes after the pass.
     pack          calibrate on equal windows of the documents laid end to end, instead of on each document.
@@ -137,7 +140,9 @@ class QuantizationConfig:
     signed_scales: bool = False
     clip_hessian: str = "conditional"
     act_order: str = "none"
+    beam_width: int = 1
     token_cap: float = 0.0
+    equal_samples: bool = False
     correct_target: float = 0.0
     refine_sweeps: int = 0
     pack: bool = False

@@ -42,13 +42,14 @@ class Team:
         return [item for item, owner in zip(items, owners, strict=True) if owner == self.rank]
 
     def add_up(self, hessians: Iterable[Hessian | Cross]) -> None:
-        """Sum Hessians, or what goes with them, and their tokens over all processes, in place."""
+        """Sum Hessians, or what goes with them, their tokens and their weights over all processes, in place."""
         if self.size == 1:
             return
         for hessian in hessians:
             dist.all_reduce(hessian.sum)
-            tokens = torch.tensor([hessian.tokens], dtype=torch.int64, device=hessian.sum.device)
-            dist.all_reduce(tokens)
+            counts = torch.tensor([hessian.tokens, hessian.total], dtype=torch.float64, device=hessian.sum.device)
+            dist.all_reduce(counts)
+            tokens, hessian.total = counts.tolist()
             hessian.tokens = int(tokens)
 
     def from_leader(self, thing: T) -> T:

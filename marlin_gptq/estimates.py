@@ -1,6 +1,6 @@
-"""What a run will take, before it is started: size of the result, memory, time. Pure functions of an `Outline`.
+"""What memory a run will take, before it is started. Pure functions of an `Outline`.
 
-Memory is the largest of a run's phases, each the sum of what is then alive; the terms follow pipeline.py line by line:
+It is the largest of a run's phases, each the sum of what is then alive; the terms follow pipeline.py line by line:
 
     embed      embedding table + activations
     forward    block + Hessians being summed + what the largest pack of samples needs on its way through the block
@@ -15,19 +15,17 @@ docs/benchmarks.md compares them with measured runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import TypeVar
 
 from marlin_gptq.config import QuantizationConfig
-from marlin_gptq.errors import InputError
-from marlin_gptq.modeling.linear import padded_features
-from marlin_gptq.modeling.outline import BlockOutline, LinearOutline, Outline
+from marlin_gptq.estimated_size import output_bytes
+from marlin_gptq.modeling.outline import BlockOutline, Outline
 from marlin_gptq.modeling.packed import PACK_TOKENS
 from marlin_gptq.quantization.grid import CLIP_RATIOS, SCRATCH_ELEMENTS
 from marlin_gptq.quantization.weight import columns_per_group
-from marlin_gptq.tuning.block import TUNED_TOKENS
-from marlin_gptq.tuning.memory import Sizes, fixed_bytes
+from marlin_gptq.tuning.block_memory import TUNED_TOKENS, TunedBlocks, tuning_bytes
 from marlin_gptq.tuning.text import WINDOW
 
 # Measured on a CPU, in float32 copies of what they work on (memory at the peak less memory before):
@@ -38,12 +36,12 @@ JUDGE_WEIGHTS = 6  # one linear's weight: dequantized, difference, image, their 
 # Counted, not measured, as are the matrices of `_beside_factor` and `_beside_solve`; runs with them lie within the
 # same bounds (tests/test_estimates.py).
 REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual, its product with the Hessian
+# Of the K-best search, for each beginning kept: copies of the weight (compensated, once more in order, codes), and
+# float32 values for each column of a block (path, traced path, block and its copy).
+BEAM_WEIGHTS, BEAM_BLOCK = 2.25, 9
 # Values per token and channel alive in a block's forward: residual, norm, attention's operands and result; gate, up,
 # their product.
 FORWARD_HIDDEN, FORWARD_INNER = 6, 3
-# Those that a block's backward pass keeps or makes, of float32 and of the computing dtype. Measured on a CPU, never on
-# a GPU: three runs took 0.8 to 1.1 times what is counted with them.
-BACKWARD_HIDDEN, BACKWARD_INNER = 18, 8
 # Of weights that are solved side by side on a GPU, whose fused loops have no scratch: float32 matrices like the Hessian
 # (itself, its factor), and bytes per weight (stacked, compensated, codes, transposed pieces). Fitted to one run, on an
 # H200, less the scratch of cuBLAS for streams that are no longer made.
@@ -53,25 +51,8 @@ SIDE_BY_SIDE = 12_000_000_000
 _STREAMS = 4
 # Tokens of a usual calibration document, where only the longest is known.
 _USUAL_TOKENS = 1000
-# Measured time over what `seconds` counts: five runs on a CPU took 1.13 to 1.39 of it.
-OTHER_WORK = 1.25
-
 
 Group = TypeVar("Group")
-
-
-@dataclass(frozen=True)
-class TunedBlocks:
-    """The tuning of each block by itself (tuning/block.py).
-
-    steps, step_tokens  how many, and tokens in each; moving: whether codes move too.
-    sequence            tokens of the longest sample, or window, that attention sees.
-    """
-
-    steps: int
-    step_tokens: int
-    moving: bool
-    sequence: int
 
 
 @dataclass(frozen=True)
@@ -82,8 +63,11 @@ class Job:
     compute_bytes    per value in the forward: 2 on a GPU, 4 elsewhere.
     stored_bytes     per 16-bit value of the result: 2.
     shard_size       of the output, in bytes: one shard is filled in host memory while another is written.
-    signed, act_order, plain, sweeps, corrected  the techniques of the recipe beside GPTQ: `signed_scales`, `act_order`,
-                     whether `clip_hessian` is "plain", `refine_sweeps`, whether there is a `correct_target`.
+    signed, act_order, plain, sweeps, corrected, beams  the techniques of the recipe beside GPTQ: `signed_scales`,
+                     `act_order`, whether `clip_hessian` is "plain", `refine_sweeps`, whether there is a
+                     `correct_target`, `beam_width`.
+    weighted         tokens are weighted, so that a Hessian's inputs are there twice in float32.
+    block_size       columns that GPTQ finishes before it updates the rest.
     tuned            blocks are tuned one by one, or None.
     """
 
@@ -100,6 +84,9 @@ class Job:
     sweeps: int = 0
     corrected: bool = False
     tuned: TunedBlocks | None = None
+    beams: int = 1
+    weighted: bool = False
+    block_size: int = 128
 
     @classmethod
     def of(cls, config: QuantizationConfig, tokens: int, longest: int, compute_bytes: int, shard_size: int) -> Job:
@@ -122,6 +109,9 @@ class Job:
             sweeps=config.refine_sweeps,
             corrected=config.correct_target > 0,
             tuned=tuned,
+            beams=config.beam_width,
+            weighted=config.token_cap > 0 or config.equal_samples,
+            block_size=config.block_size,
         )
 
 
@@ -134,6 +124,7 @@ class Plan:
     rows          of a stacked weight solved at once; None is all of them.
     pack_tokens   of samples that pass a block together, unless one alone has more; 0 is one sample at a time.
     side_by_side  bytes that weights solved at the same time may take; 0 is one after the other.
+    tuned_tokens  of samples that pass a block together while it is tuned, as pack_tokens.
     """
 
     place: str = "device"
@@ -141,6 +132,7 @@ class Plan:
     rows: int | None = None
     pack_tokens: int = PACK_TOKENS
     side_by_side: int = 0
+    tuned_tokens: int = TUNED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -151,39 +143,6 @@ class Memory:
     host: int
     phase: str
     block: int
-
-
-def stored_tensors(
-    outline: Outline, dtype: str, stored_bytes: int = 2
-) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
-    """(name, type, shape as in the model, bytes in the file) of every tensor of the result."""
-    for name, shape in outline.outer:
-        yield name, dtype, shape, prod(shape) * stored_bytes
-    for block in outline.blocks:
-        for name, shape in block.others:
-            yield name, dtype, shape, prod(shape) * stored_bytes
-        for linear in block.linears:
-            shape = (linear.out_features, linear.in_features)
-            if linear.group_size is None:
-                yield f"{linear.name}.weight", dtype, shape, prod(shape) * stored_bytes
-            else:
-                group = "row" if linear.group_size == -1 else str(linear.group_size)
-                yield linear.name, f"int4, group {group}", shape, packed_bytes(linear, stored_bytes)
-            if linear.bias:
-                yield f"{linear.name}.bias", dtype, shape[:1], linear.out_features * stored_bytes
-
-
-def packed_bytes(linear: LinearOutline, stored_bytes: int = 2) -> int:
-    """Codes and scales of a quantized linear in the Marlin layout."""
-    assert linear.group_size is not None
-    k, n = padded_features(linear.in_features, linear.out_features)
-    groups = linear.in_features // columns_per_group(linear.in_features, linear.group_size)
-    return k * n // 2 + groups * n * stored_bytes
-
-
-def output_bytes(outline: Outline, stored_bytes: int = 2) -> int:
-    """Bytes of all tensors of the result."""
-    return sum(size for *_, size in stored_tensors(outline, "", stored_bytes))
 
 
 def streams(job: Job) -> int:
@@ -203,19 +162,16 @@ def ahead_bytes(outline: Outline, job: Job) -> int:
 
 def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
     """Peak of a run under a plan. On a CPU device and host are one memory: add the two."""
-    kept = activation_bytes(outline, job) if plan.place == "device" else 0
     table = max((prod(shape) for _, shape in outline.outer), default=0)
-    phases = [("embed", 0, kept + table * job.compute_bytes)] if job.tokens else []
-    for index, block in enumerate(outline.blocks):
-        weights = block.parameters * job.compute_bytes
-        codes = sum(linear.in_features * linear.out_features for linear in block.quantized)
-        # As they were before, to go on in full precision or to learn from.
-        weights += codes * job.compute_bytes if job.corrected or job.tuned else 0
-        phases += [(phase, index, kept + weights + codes + size) for phase, size in _phases(outline, block, job, plan)]
-    phase, index, device = max(phases, key=lambda entry: entry[2])
+    phase, index, device = max(_all_phases(outline, job, plan), key=lambda entry: entry[2])
     waiting = min(2 * max(job.shard_size, table * job.stored_bytes), output_bytes(outline, job.stored_bytes))
     host = waiting + ahead_bytes(outline, job) + (activation_bytes(outline, job) if plan.place == "host" else 0)
     return Memory(device, host, phase, index)
+
+
+def tuning_memory(outline: Outline, job: Job, plan: Plan) -> int:
+    """Peak on the device while blocks are tuned; 0 if none is."""
+    return max((size for phase, _, size in _all_phases(outline, job, plan) if phase == "tune"), default=0)
 
 
 def memory_on_cpu(outline: Outline, job: Job, plan: Plan) -> int:
@@ -227,36 +183,6 @@ def memory_on_cpu(outline: Outline, job: Job, plan: Plan) -> int:
     # Nothing waits yet when the embedding table is read, as stored and as computed with.
     work = found.device + (table if found.phase == "embed" else found.host)
     return max(work, kept + max(read, written))
-
-
-def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None) -> Plan:
-    """The least frugal plan whose device memory stays within `limit` bytes.
-
-    spill  "none" keeps activations on the device, "host" and "disk" put them there, None decides.
-    Gives up speed in this order: activations wait in host memory; weights are solved in pieces of rows; Hessians are
-    summed in several passes; each step is tried with packs of samples, then with one sample at a time. InputError with
-    the least that would do, if nothing fits.
-    """
-    places = {"none": ["device"], "host": ["host"], "disk": ["disk"], None: ["device", "host"]}[spill]
-    largest = max((x.in_features for block in outline.blocks for x in block.quantized), default=0) ** 2 * 4
-    plans = [Plan(place) for place in places]
-    frugal = plans[-1]
-    plans += [replace(frugal, rows=rows) for rows in (8192, 2048)]
-    plans += [
-        replace(frugal, rows=rows, hessian_bytes=size) for rows, size in ((2048, 2 * largest), (2048, 1), (512, 1))
-    ]
-    plans = [replace(plan, pack_tokens=tokens) for plan in plans for tokens in (PACK_TOKENS, 0)]
-    for plan in plans:
-        if memory(outline, job, plan).device <= limit:
-            return plan
-    least = memory(outline, job, plans[-1])
-    where = f"the {least.phase} phase of block {least.block}" if least.phase != "embed" else "the embedding"
-    ways = ["a smaller --seq-len"] if least.phase == "forward" else []
-    ways += ["--spill host"] if spill == "none" else []
-    raise InputError(
-        f"--max-gpu-memory: got {limit / 1e9:.2f} GB, but {where} needs {least.device / 1e9:.2f} GB at least; give as "
-        f"much{''.join(f', or {way}' for way in ways)}"
-    )
 
 
 def hessian_passes(groups: list[tuple[str, int]], hessian_bytes: int | None) -> list[list[str]]:
@@ -295,50 +221,36 @@ def side_by_side(groups: Sequence[tuple[Group, tuple[int, int]]], limit: int, jo
 def beside_bytes(shape: tuple[int, int], job: Job) -> int:
     """What a weight [out_features, in_features] takes until all of its batch are solved."""
     rows, features = shape
-    return (BESIDE_SQUARES + _beside_solve(job)) * 4 * features**2 + BESIDE_WEIGHTS * rows * features
+    beams = _beam_bytes(rows, features, job)
+    return (BESIDE_SQUARES + _beside_solve(job)) * 4 * features**2 + BESIDE_WEIGHTS * rows * features + beams
 
 
-def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float) -> float:
-    """Rough time of a run, loading and saving aside.
-
-    From two rates of the device: multiplications of a large matrix product, and weights that the clipping search tries
-    at one ratio. Counted are two passes of all tokens (calibrate, then the quantized block), the Hessians of the
-    distinct inputs, their factors, GPTQ's trailing updates, and the clipping search, with what the techniques of the
-    recipe add to them; OTHER_WORK stands for the rest.
-    """
-    products, tried = 0.0, 0.0
-    passes = 5 if job.corrected else 2  # of all tokens
-    candidates = len(CLIP_RATIOS) * job.clip * (3 if job.signed else 1)
-    updates = 0.5 + 4 * job.sweeps + 2 * job.corrected  # products of a weight with a matrix like the Hessian
-    factors = 3 if job.act_order == "columns" else 2
-    for block in outline.blocks:
-        share = {True: outline.experts_per_token / max(1, _experts(block)), False: 1.0}
-        for linear in block.linears:
-            products += passes * job.tokens * share[linear.expert] * linear.in_features * linear.out_features
-        for name, features in _inputs(block):
-            sums = 2 if job.corrected else 1
-            products += sums * job.tokens * share[".experts." in name] * features**2 + factors * features**3
-        for linear in block.quantized:
-            products += updates * linear.out_features * linear.in_features**2
-            tried += linear.out_features * linear.in_features * candidates
-        if job.tuned is not None:  # a forward for the target, one to learn, and twice as much backward
-            weights = sum(linear.out_features * linear.in_features for linear in block.linears)
-            products += 4 * job.tuned.steps * job.tuned.step_tokens * weights
-    counted = products / products_per_second + tried / clip_values_per_second
-    return OTHER_WORK * counted if job.tokens else 0.0
+def _all_phases(outline: Outline, job: Job, plan: Plan) -> Iterator[tuple[str, int, int]]:
+    """(phase, block, bytes on the device) of a run."""
+    kept = activation_bytes(outline, job) if plan.place == "device" else 0
+    table = max((prod(shape) for _, shape in outline.outer), default=0)
+    if job.tokens:
+        yield "embed", 0, kept + table * job.compute_bytes
+    for index, block in enumerate(outline.blocks):
+        weights = block.parameters * job.compute_bytes
+        codes = sum(linear.in_features * linear.out_features for linear in block.quantized)
+        # As they were before, to go on in full precision or to learn from.
+        weights += codes * job.compute_bytes if job.corrected or job.tuned else 0
+        for phase, size in _phases(outline, block, job, plan):
+            yield phase, index, kept + weights + codes + size
 
 
 def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iterator[tuple[str, int]]:
     """(phase, bytes beside weights, activations and packed tensors) of one block."""
     widest = max((max(x.in_features, x.out_features) for x in block.linears), default=0)
-    inputs = _inputs(block)
+    inputs = inputs_of(block)
     passes = hessian_passes(inputs, plan.hessian_bytes)
     sizes = {name: features * features * 4 for name, features in inputs}
     hessians = max((sum(sizes[name] for name in names) for names in passes), default=0) if job.tokens else 0
     hessians *= 2 if job.corrected else 1
     inner = max((x.in_features for x in block.linears), default=0)
     per_token = (FORWARD_HIDDEN * outline.hidden + FORWARD_INNER * widest) * job.compute_bytes
-    per_token += inner * 4 if job.compute_bytes != 4 else 0  # inputs of a Hessian as float32
+    per_token += inner * 4 * ((job.compute_bytes != 4) + job.weighted)  # inputs of a Hessian as float32, and weighted
     if job.corrected:  # all inputs, of the quantized and of the full-precision model, and those of one as float32
         per_token += 2 * sum(features for _, features in inputs) * job.compute_bytes
         per_token += inner * 4 * (1 if job.compute_bytes == 4 else 3)
@@ -355,27 +267,7 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     for batch in side_by_side([(shape, shape) for shape in shapes], plan.side_by_side, job) if job.tokens else ():
         yield "solve", hessians + (len(batch) > 1) * sum(beside_bytes(shape, job) for shape in batch)
     if job.tuned is not None and block.quantized:
-        yield "tune", _tune_bytes(outline, block, job, job.tuned)
-
-
-def _tune_bytes(outline: Outline, block: BlockOutline, job: Job, tuned: TunedBlocks) -> int:
-    """Of tuning one block, beside its weights before and after they were solved."""
-    widest = max(max(x.in_features, x.out_features) for x in block.linears)
-    sizes = Sizes(
-        weights=sum(x.in_features * x.out_features for x in block.quantized),
-        others=0,
-        group_size=min(columns_per_group(x.in_features, x.group_size or -1) for x in block.quantized),
-        blocks=1,
-        hidden_size=outline.hidden,
-        intermediate_size=widest,
-    )
-    pack = min(job.tokens, max(tuned.sequence, TUNED_TOKENS))
-    values = pack * (4 * BACKWARD_HIDDEN * outline.hidden + job.compute_bytes * BACKWARD_INNER * widest)
-    scores = outline.heads * tuned.sequence * 4 * (pack + 2 * tuned.sequence)  # of all samples, and what makes one's
-    gradient = (4 + job.compute_bytes) * max(x.in_features * x.out_features for x in block.quantized)
-    samples = 2 * tuned.step_tokens * outline.hidden * job.compute_bytes
-    dequantized = sizes.weights * job.compute_bytes
-    return fixed_bytes(sizes, tuned.moving) + dequantized + values + scores + gradient + samples
+        yield "tune", tuning_bytes(outline, block, job.tuned, job.tokens, plan.tuned_tokens, job.compute_bytes)
 
 
 def _beside_factor(job: Job) -> int:
@@ -399,13 +291,18 @@ def _solve_bytes(block: BlockOutline, name: str, stacked: int, rows: int, featur
     largest = max(x.out_features for x in block.quantized if x.input == name)
     solve = SOLVE_WEIGHTS - 1.25 + (job.act_order != "none") + (job.act_order == "columns") + job.corrected
     refine = (REFINE_WEIGHTS - 1.25 + job.corrected) * weight if job.sweeps and job.tokens else 0.0
-    return whole + int(max(solve * weight + scratch, refine, JUDGE_WEIGHTS * largest * features * 4))
+    solved = solve * weight + scratch + _beam_bytes(rows, features, job)
+    return whole + int(max(solved, refine, JUDGE_WEIGHTS * largest * features * 4))
 
 
-def _inputs(block: BlockOutline) -> list[tuple[str, int]]:
+def _beam_bytes(rows: int, features: int, job: Job) -> int:
+    """What the K-best search takes beside GPTQ's own copies of a weight [rows, features]."""
+    if job.beams == 1 or not job.tokens:
+        return 0
+    copies = BEAM_WEIGHTS * (job.beams - 1) * features
+    return int(4 * rows * (copies + BEAM_BLOCK * job.beams * min(job.block_size, features)))
+
+
+def inputs_of(block: BlockOutline) -> list[tuple[str, int]]:
     """(input, features) of the distinct inputs of a block's quantized linears."""
     return list({x.input: x.in_features for x in block.quantized}.items())
-
-
-def _experts(block: BlockOutline) -> int:
-    return len({x.input for x in block.linears if x.expert}) // 2

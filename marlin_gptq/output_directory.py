@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from marlin_gptq.checkpoint import CheckpointWriter, read_json
+from marlin_gptq.checkpoint_writer import CheckpointWriter
+from marlin_gptq.model_directory import read_json
 from marlin_gptq.report import QuantizeReport
 
 LOG_FILE = "quantize_log.json"
@@ -41,6 +42,8 @@ def model_card(report: QuantizeReport) -> str:
             ("true-sequential", "yes" if config.true_sequential else "no"),
             ("signed scales", "yes" if config.signed_scales else "no"),
             ("act-order", config.act_order),
+            ("beam width of the K-best search", str(config.beam_width)),
+            ("samples of equal weight", "yes" if config.equal_samples else "no"),
             ("sweeps of refinement", str(config.refine_sweeps)),
             ("steps of tuning, block by block", str(config.tune_block_steps)),
             ("steps of end-to-end tuning", str(config.tune_steps)),

@@ -23,13 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from marlin_gptq.block_run import BlockRun
-from marlin_gptq.checkpoint import CheckpointWriter, require_space, staging_directory
+from marlin_gptq.checkpoint_writer import CheckpointWriter
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Cost, Costs
 from marlin_gptq.device_memory import free_bytes
+from marlin_gptq.disk import require_space, staging_directory
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
-from marlin_gptq.estimates import SIDE_BY_SIDE, Job, Plan, plan_within, streams
+from marlin_gptq.estimates import SIDE_BY_SIDE, Job, Plan, streams
+from marlin_gptq.memory_plan import plan_within, tuning_within
 from marlin_gptq.modeling.architecture import read_config, require_full_precision
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import outline
@@ -52,6 +54,8 @@ from marlin_gptq.work_directory import WorkDirectory, model_digest
 logger = logging.getLogger(__name__)
 
 ALONE = Team()
+# What the work directory calls `Plan.tuned_tokens`, on which the bits of tuned blocks depend.
+TOGETHER = "tokens tuned together"
 
 
 def quantize_model(
@@ -82,7 +86,7 @@ def quantize_model(
     work        keeps every finished block; of a resumed run, gives those back that are there. The output is then
                 bit-identical to that of a run in one piece, but for the times in its log and card.
     spill       where activations wait between two blocks: "none" (on the device), "host" or "disk"; None decides.
-    max_gpu_memory  bytes that the run may take on the GPU; what it gives up for that stands in estimates.plan_within.
+    max_gpu_memory  bytes that the run may take on the GPU; memory_plan.py says what it gives up for that.
     before      seconds of what the caller did before, by stage: they stand first among the costs in the report.
     team        the processes that work on it together, each calling this with the same arguments (`work`, `progress`
                 and what is written are the first one's). Equal to one process but for the order of sums.
@@ -124,16 +128,18 @@ def quantize_model(
         passing = packed(samples, getattr(stream.config, "max_position_embeddings", None))
     own = _own_samples(passing, team)
     job = job_of(own, config, stream.dtype, shard_size)
-    plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory))
+    begun = None if work is None else work.fact(TOGETHER)
+    plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory, begun))
     with costs.measure("try inner loops"):
         loops = _loops(linears, config, target, device, team)
     if work is not None:
         work.require_space(size, output)
         shared: dict[str, Any] = {"rows at once": plan.rows, "packs of tokens": plan.pack_tokens}
         shared |= {"processes": team.size, "inner loops": loops}
+        shared |= {TOGETHER: plan.tuned_tokens} if config.tunes_blocks else {}
         work.begin(_facts(model_dir, config, target, shard_size, device) | shared, samples)
     disk = work.directory if work else output.absolute().parent
-    run = BlockRun(stream, config, target, sum(map(len, linears)), progress, work, plan, disk, team, costs)
+    run = BlockRun(stream, config, target, sum(map(len, linears)), progress, plan, disk, team, costs, work=work)
     name = work.id if work else None
     # Only the first process writes.
     writing = CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, run=name) if team.leads else None
@@ -152,12 +158,12 @@ def quantize_model(
             if writer is not None:
                 with costs.measure("write"):
                     for name, tensor in tensors.items():
-                        writer.add(stream.file_name(name), tensor)
+                        writer.add(stream.weights.file_name(name), tensor)
         run.report("write", stream.n_blocks - 1, None, None)
         if writer is not None:
             with costs.measure("write"):
                 writer.drain()
-        unknown = stream.unknown_tensors()
+        unknown = stream.weights.unknown_tensors()
         if unknown and team.leads:
             logger.warning(
                 "%d tensors that the architecture has no place for were left out (%s)",
@@ -205,9 +211,19 @@ def job_of(samples: list[Tensor], config: QuantizationConfig, dtype: torch.dtype
 
 
 def _plan(
-    model_dir: Path, config: QuantizationConfig, job: Job, device: torch.device, spill: str | None, limit: int | None
+    model_dir: Path,
+    config: QuantizationConfig,
+    job: Job,
+    device: torch.device,
+    spill: str | None,
+    limit: int | None,
+    begun: int | None = None,
 ) -> Plan:
-    """How the run keeps within its memory; with a limit, torch is told never to take more."""
+    """How the run keeps within its memory; with a limit, torch is told never to take more.
+
+    begun  tokens tuned together in the run that is gone on with.
+    QuantizationError if the tuning of blocks does not fit the GPU.
+    """
     if device.type != "cuda":
         if limit is not None:
             raise InputError("--max-gpu-memory: this run computes on the CPU; leave it out, or use --device cuda")
@@ -220,10 +236,12 @@ def _plan(
         return plan
     free = free_bytes(device)
     beside = min(SIDE_BY_SIDE, free // 8)
-    if spill is not None:
-        return Plan({"none": "device"}.get(spill, spill), side_by_side=beside)
     waiting = streams(job) * job.tokens * read_config(model_dir).hidden_size * job.compute_bytes
-    return Plan("device" if waiting < free / 2 else "host", side_by_side=beside)
+    place = spill or ("device" if waiting < free / 2 else "host")
+    plan = Plan("device" if place == "none" else place, side_by_side=beside)
+    if not config.tunes_blocks:
+        return plan
+    return tuning_within(outline(model_dir, config), job, plan, free, spill, begun)
 
 
 def _facts(

@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from marlin_gptq.checkpoint import TensorStore, require_space
+from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.device_memory import free_bytes
+from marlin_gptq.disk import require_space
 from marlin_gptq.errors import InputError, QuantizationError
+from marlin_gptq.estimates import Job, Plan
+from marlin_gptq.memory_plan import tuning_within
 from marlin_gptq.modeling.architecture import (
     block_linears,
     linear_names,
@@ -20,10 +23,11 @@ from marlin_gptq.modeling.architecture import (
     require_divisible,
     require_full_precision,
 )
-from marlin_gptq.modeling.blocks import BlockStream, stored_dtype
+from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.experts import expert_lists
 from marlin_gptq.modeling.linear import padded_features
 from marlin_gptq.modeling.outline import outline
+from marlin_gptq.modeling.streamed_weights import stored_dtype
 from marlin_gptq.overrides import require_matches
 from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.tuning.memory import Sizes, plan
@@ -55,6 +59,8 @@ def require_quantizable(
     require_space(output, 2 * size if config.tunes else size)  # the tuning writes its own beside that of the blocks
     if device is not None and config.tunes:
         require_memory(model_dir, config, device)
+    if device is not None and config.tunes_blocks:
+        require_block_memory(model_dir, config, device)
 
 
 def require_combination(
@@ -177,6 +183,12 @@ def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.de
     )
 
 
+def require_block_memory(model_dir: Path, config: QuantizationConfig, device: torch.device) -> None:
+    """The same for the tuning of each block by itself, whatever the text: more is known when its samples are there."""
+    if device.type == "cuda":
+        tuning_within(outline(model_dir, config), Job.of(config, 1, 1, 2, 0), Plan("host"), free_bytes(device))
+
+
 def tuned_sizes(model_dir: Path, config: QuantizationConfig) -> Sizes:
     """A model as the tuning will see it, from its config.json alone."""
     made, settings = outline(model_dir, config), read_config(model_dir)
@@ -229,7 +241,7 @@ def output_bytes(
         k, n = padded_features(linear.in_features, linear.out_features)
         groups = linear.in_features // columns_per_group(linear.in_features, config.group_size_of(name))
         size += k * n // 2 + groups * n * target.itemsize
-    for name, elements in stream.elements():
+    for name, elements in stream.weights.elements():
         if name.removesuffix(".weight") not in replaced:
             size += elements * target.itemsize
     return size

@@ -31,14 +31,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from marlin_gptq.checkpoint import require_space, tidy_up
+from marlin_gptq.checkpoint_writer import tidy_up
+from marlin_gptq.disk import require_space, standing
 from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.sealed_files import WRITING, read_bytes, read_sealed, sealed, write_whole
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 RUN, SAMPLES, LOCK, FINISHING = "run.json", "samples.safetensors", "lock", "finishing.json"
-WRITING = ".writing"
 _PIECES, _PIECE = 64, 4096
 
 
@@ -92,7 +93,7 @@ class WorkDirectory:
             )
         work = cls(directory)
         try:
-            work.content = _read_json(directory / RUN)
+            work.content = read_sealed(directory / RUN)
         except CheckpointError:
             work.close()
             raise
@@ -135,6 +136,10 @@ class WorkDirectory:
     def arguments(self) -> dict[str, Any]:
         return self.content["arguments"]
 
+    def fact(self, name: str) -> Any:
+        """What a resumed run was begun with, as given to `begin`; None for a new run."""
+        return self.content.get("facts", {}).get(name)
+
     def begin(self, facts: dict[str, Any], samples: list[Tensor]) -> None:
         """Note the facts that the result depends on (plain JSON); of a resumed run, refuse other ones by name."""
         facts = json.loads(json.dumps(facts)) | {"samples": _samples_digest(samples)}
@@ -142,7 +147,7 @@ class WorkDirectory:
             content = save({f"{position:06d}": sample for position, sample in enumerate(samples)})
             self._write(SAMPLES, content)
             self.content["facts"] = facts
-            self._write(RUN, _sealed(self.content))
+            self._write(RUN, sealed(self.content))
             return
         for name, now in facts.items():
             then = self.content["facts"].get(name)
@@ -174,19 +179,19 @@ class WorkDirectory:
         checksum = hashlib.sha256(content).hexdigest()
         entry = {"format": FORMAT, "step": step, "input": source, "tensors_sha256": checksum, "record": record}
         entry["names"] = list(tensors)  # safetensors sorts them, and the output's shards follow their order
-        self._write(f"{step}.json", _sealed(entry))
+        self._write(f"{step}.json", sealed(entry))
 
     def get(self, step: str, source: str) -> Step | None:
         """A finished step whose input had the digest `source`; None, after a warning, for one that cannot be used."""
         if not (self.directory / f"{step}.json").is_file():
             return None
         try:
-            entry = _read_json(self.directory / f"{step}.json")
+            entry = read_sealed(self.directory / f"{step}.json")
             if entry.get("format") != FORMAT or entry.get("step") != step:
                 raise CheckpointError(f"{step}.json: is not the record of {step} in format {FORMAT}")
             if entry["input"] != source:
                 raise CheckpointError(f"{step}: was made from another input than the steps before it give now")
-            content = _bytes(self.directory / f"{step}.safetensors")
+            content = read_bytes(self.directory / f"{step}.safetensors")
             if hashlib.sha256(content).hexdigest() != entry["tensors_sha256"]:
                 raise CheckpointError(f"{step}.safetensors: damaged, its checksum differs")
             tensors = load(content)
@@ -201,15 +206,12 @@ class WorkDirectory:
         On one disk with `output`, that takes as much again.
         """
         stored = sum(file.stat().st_size for file in self.directory.glob("block-*.safetensors"))
-        place = output.absolute()
-        while not place.exists():
-            place = place.parent
-        shared = place.stat().st_dev == self.directory.stat().st_dev
+        shared = standing(output).stat().st_dev == self.directory.stat().st_dev
         require_space(self.directory, max(0, size - stored) + (size if shared else 0))
 
     def finishing(self, directory: Path) -> None:
         """Note that `directory` is complete and about to be renamed to the output."""
-        self._write(FINISHING, _sealed({"inode": directory.stat().st_ino}))
+        self._write(FINISHING, sealed({"inode": directory.stat().st_ino}))
 
     def finished(self, output: Path) -> bool:
         """Whether `output` is what this run made: a run may be killed right after its last rename.
@@ -219,7 +221,7 @@ class WorkDirectory:
         if not output.is_dir() or not (self.directory / FINISHING).is_file():
             return False
         try:
-            made = _read_json(self.directory / FINISHING)["inode"] == output.stat().st_ino
+            made = read_sealed(self.directory / FINISHING)["inode"] == output.stat().st_ino
         except CheckpointError:
             return False
         if made:
@@ -227,17 +229,9 @@ class WorkDirectory:
         return made
 
     def _write(self, name: str, content: bytes) -> None:
-        writing = self.directory / f"{name}{WRITING}"
         try:
-            with open(writing, "wb", buffering=0) as file:
-                view = memoryview(content)
-                while view:
-                    view = view[file.write(view) :]
-                os.fsync(file.fileno())
-            os.replace(writing, self.directory / name)
-            _sync(self.directory)
+            write_whole(self.directory / name, content)
         except OSError as error:
-            writing.unlink(missing_ok=True)
             reason = f"cannot be written ({error.strerror})"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 free = shutil.disk_usage(self.directory).free
@@ -272,43 +266,8 @@ def _samples_digest(samples: list[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _sealed(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content | {"sha256": _seal(content)}, indent=1) + "\n").encode()
-
-
-def _seal(content: dict[str, Any]) -> str:
-    plain = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(plain.encode()).hexdigest()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_bytes(path))
-        seal = content.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path.name}: damaged ({error})") from error
-    if seal != _seal(content):
-        raise CheckpointError(f"{path.name}: damaged, its checksum differs")
-    return content
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path.name}: {error.strerror}") from error
-
-
 def _shown(value: Any, other: Any) -> str:
     """A short form of a fact; of two objects, where they differ."""
     if isinstance(value, dict) and isinstance(other, dict):
         return ", ".join(f"{key} {value.get(key)!r}" for key in value if value.get(key) != other.get(key)) or "less"
     return "another one" if isinstance(value, str) and len(value) == 64 else repr(value)
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from marlin_gptq.checkpoint import TensorStore, read_json
+from marlin_gptq.checkpoint import TensorStore
+from marlin_gptq.model_directory import read_json
 
 
 def factors(count: int, spread: float, generator: torch.Generator) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_gptq.checkpoint import CheckpointWriter
+from marlin_gptq.checkpoint_writer import CheckpointWriter
 from marlin_gptq.config import GROUP_SIZES, QuantizationConfig
 from marlin_gptq.errors import MarlinGPTQError
 from marlin_gptq.modeling.architecture import replace_linears

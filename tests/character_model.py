@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +29,9 @@ def save_character_model(directory: Path, dtype: torch.dtype = torch.float16, **
     save_tiny_model(directory, dtype=dtype, **changes)
     character_tokenizer().save_pretrained(directory)
     return directory
+
+
+def save_texts(path: Path) -> Path:
+    """Eight documents for it, each longer than the one before."""
+    path.write_text("".join(json.dumps({"text": f"document {i} " * (i + 1)}) + "\n" for i in range(8)))
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,19 @@ EXPERT_MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": MOE | {"head_dim": 32},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128},
 }
+# Shapes of Llama models, for what reads a config and nothing else.
+SEVEN_B = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "vocab_size": 32000, "max_position_embeddings": 4096,
+}  # fmt: skip
+SEVENTY_B = SEVEN_B | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}  # fmt: skip
+
+
+def config_only(directory: Path, **shape: int) -> Path:
+    """A model directory with a config.json alone."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama"} | shape))
+    return directory

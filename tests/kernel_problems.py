@@ -1,10 +1,14 @@
-"""Random problems for the kernel's tests, and their answers in float64."""
+"""Random problems for the kernel's tests, their answers in float64, and what several of the tests do with them."""
 
 from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from marlin_gptq.kernel import library, set_overlap
 from marlin_gptq.kernel.blocked import to_blocks
 from marlin_gptq.kernel.reference import dequantize, unpack_scales
 
@@ -62,3 +66,46 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def inside_guards(tensor: Tensor, fill: float) -> tuple[Tensor, Tensor]:
+    """A copy of a tensor with 4 KB of `fill` before and behind it; and that whole buffer."""
+    band = 4096 // tensor.element_size()
+    whole = torch.full((tensor.numel() + 2 * band,), fill, dtype=tensor.dtype, device="cuda")
+    view = whole[band : band + tensor.numel()].view(tensor.shape)
+    view.copy_(tensor)
+    return view, whole
+
+
+def dirty_tickets(device: int = 0) -> tuple[int, int]:
+    """(reduction tickets that are not zero, workspaces)"""
+    handle = library.loaded()
+    assert handle is not None
+    dirty, workspaces = ctypes.c_int64(-1), ctypes.c_int32(-1)
+    assert handle.marlin_gptq_dirty_tickets(device, ctypes.byref(dirty), ctypes.byref(workspaces)) == 0
+    return dirty.value, workspaces.value
+
+
+def differing_where_kernels_overlap(chain: Callable[[Tensor], Tensor], inputs: list[Tensor], graph: bool) -> int:
+    """Elements of ten rounds of chain(x), launched one by one or recorded, that are others than without overlap."""
+    set_overlap(False)
+    expected = [chain(x) for x in inputs]
+    torch.cuda.synchronize()
+    a, recorded = inputs[0].clone(), torch.cuda.CUDAGraph()
+    out, differing = torch.empty_like(a), torch.zeros((), dtype=torch.int64, device="cuda")
+    set_overlap(True)
+    try:
+        if graph:
+            with torch.cuda.graph(recorded):
+                out = chain(a)
+        for _ in range(10):
+            for x, want in zip(inputs, expected, strict=True):
+                a.copy_(x)
+                if graph:
+                    recorded.replay()
+                else:
+                    out = chain(a)
+                differing += (out != want).sum()
+        return int(differing)
+    finally:
+        set_overlap(False)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError, QuantizationError
-from marlin_gptq.modeling import blocks
+from marlin_gptq.modeling import asides
 from marlin_gptq.modeling.architecture import block_linears, decoder_blocks, read_config, require_divisible
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.observe import collect_hessians, stages
@@ -68,7 +68,7 @@ def test_positions_are_asked_for_once_where_memory_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int
 ) -> None:
     """Positions and masks of a length serve every block and pass; beyond the memory for them they are made again."""
-    monkeypatch.setattr(blocks, "_REMEMBERED_BYTES", memory)
+    monkeypatch.setattr(asides, "_REMEMBERED_BYTES", memory)
     directory = save_tiny_model(tmp_path / "model", "mistral", dtype=torch.float32, sliding_window=16)
     stream = BlockStream(directory, device=CPU)
     asked = []
@@ -213,7 +213,7 @@ def test_unknown_tensors_are_listed_and_rotary_tables_ignored(tmp_path: Path) ->
         directory,
         {"model.extra": torch.zeros(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)},
     )
-    assert BlockStream(directory, device=CPU).unknown_tensors() == ["model.extra"]
+    assert BlockStream(directory, device=CPU).weights.unknown_tensors() == ["model.extra"]
 
 
 def test_calibration_stops_behind_the_inputs_it_wants(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import pytest
 import torch
-from character_model import save_character_model
+from character_model import save_character_model, save_texts
 from click.testing import CliRunner, Result
 from foreign import change_tensors, save_foreign
 from helpers import save_tiny_model
@@ -120,7 +120,7 @@ def test_quantizing_into_another_format_is_quantizing_and_converting(
 def test_a_tuned_recipe_in_another_format(tmp_path: Path) -> None:
     """Blocks in one staging directory, the tuned model in another; what comes out is the latter, converted."""
     model, texts = save_character_model(tmp_path / "model"), tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": f"document {i} " * (i + 1)}) + "\n" for i in range(8)))
+    save_texts(texts)
     arguments = (model, "--dataset", texts, "--n-samples", 8, "--device", "cpu", "--preset", "best", "--tune-steps", 4,
                  "--tune-batch", 2, "--tune-written", 0, "--no-clip", "--tune-rate", 1e-2)  # fmt: skip
     result = run(quantize.main, *arguments, "-o", tmp_path / "out", "--format", "gptq", "--json")

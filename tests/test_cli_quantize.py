@@ -16,7 +16,7 @@ from typing import Any
 import click
 import pytest
 import torch
-from character_model import save_character_model
+from character_model import save_character_model, save_texts
 from click.testing import CliRunner, Result
 
 from marlin_gptq import pipeline
@@ -33,9 +33,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> str:
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": f"document {i} " * (i + 1)}) + "\n" for i in range(8)))
-    return str(path)
+    return str(save_texts(tmp_path / "texts.jsonl"))
 
 
 def run(*arguments: Any) -> Result:
@@ -143,6 +141,7 @@ def test_help_names_every_option_of_the_recipe() -> None:
             """
         --wbits --output --group-size --damp --n-samples --seq-len --dataset --seed --method --preset --no-clip
         --true-sequential --signed-scales --clip-hessian --act-order --token-cap --correct-target --refine-sweeps
+        --beam-width --equal-samples
         --pack --tune-steps --tune-codes --tune-batch --tune-rate --tune-scale-rate --tune-written --tune-block-steps
         --dtype --device --skip --shard-size --overwrite --json --revision --offline --debug
     """,
@@ -215,7 +214,7 @@ class TestRefusedBeforeAnyWork:
         assert "model.safetensors: truncated or corrupt" in refused(tmp_path, "-o", tmp_path / "out")
 
     def test_an_early_full_disk(self, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("marlin_gptq.checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
+        monkeypatch.setattr("marlin_gptq.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
         sentence = refused(model_dir, "-o", tmp_path / "out")
         assert "the disk is full:" in sentence and "MB are needed and 0.0 MB are free" in sentence
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from character_model import save_character_model
+from character_model import save_character_model, save_texts
 from click.testing import CliRunner, Result
 
 from marlin_gptq.checkpoint import TensorStore
@@ -22,9 +22,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": f"document {i} " * (i + 1)}) + "\n" for i in range(8)))
-    return path
+    return save_texts(tmp_path / "texts.jsonl")
 
 
 def run(*arguments: Any) -> Result:
@@ -75,7 +73,7 @@ def test_going_on(interrupted: Path, model_dir: Path, tmp_path: Path) -> None:
     assert log["config"]["clip"] is False and log["calibration"]["n_samples"] == 3
 
     texts, settings = tmp_path / "texts.jsonl", tmp_path / "settings.yaml"
-    texts.write_text("".join(json.dumps({"text": f"document {i} " * (i + 1)}) + "\n" for i in range(8)))
+    save_texts(texts)
     settings.write_text("'k_proj': {group_size: 64}\n")
     arguments = ("--dataset", texts, "--n-samples", 3, "--config", settings, "--no-clip")
     assert run(model_dir, "-o", tmp_path / "whole", *arguments).exit_code == 0
@@ -131,7 +129,7 @@ def test_a_disk_too_small_for_both(tmp_path: Path, model_dir: Path, monkeypatch:
     from types import SimpleNamespace
 
     size = json.loads(run(model_dir, "-o", tmp_path / "first", "--method", "rtn", "--json").stdout)["bytes_after"]
-    monkeypatch.setattr("marlin_gptq.checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=2 * size - 1))
+    monkeypatch.setattr("marlin_gptq.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=2 * size - 1))
     arguments = (model_dir, "-o", tmp_path / "out", "--method", "rtn")
     assert "work: the disk is full" in refused(*arguments, "--work-dir", tmp_path / "work")
     assert run(*arguments).exit_code == 0

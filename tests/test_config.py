@@ -32,11 +32,14 @@ def test_presets_name_themselves_and_take_changes() -> None:
         QuantizationConfig.from_preset("slow")
     for preset in PRESETS:
         config = QuantizationConfig.from_preset(preset)
+        assert config.beam_width == 1 and not config.equal_samples, "only where asked for"
         assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_round_trip_through_json() -> None:
-    config = QuantizationConfig(group_size=32, clip=False, skip=("down_proj$", "layers.0"))
+    config = QuantizationConfig(
+        group_size=32, clip=False, skip=("down_proj$", "layers.0"), beam_width=4, equal_samples=True
+    )
     text = json.dumps(config.to_dict())
     assert QuantizationConfig.from_dict(json.loads(text)) == config
     assert config.to_dict()["quant_method"] == "marlin_gptq"
@@ -64,6 +67,9 @@ def test_skip_matches_anywhere_in_the_name() -> None:
         ({"clip_hessian": "both"}, "clip_hessian: got 'both', expected one of conditional, plain"),
         ({"correct_target": 1.5}, "correct_target: got 1.5, expected a number from 0 to 1"),
         ({"token_cap": -1}, "token_cap: got -1, expected a number from 0"),
+        ({"beam_width": 0}, "beam_width: got 0, expected a whole number from 1 to 64"),
+        ({"beam_width": 2.0}, "beam_width: got 2.0, expected a whole number from 1 to 64"),
+        ({"equal_samples": 1}, "equal_samples: got 1, expected true or false"),
         ({"refine_sweeps": 1.5}, "refine_sweeps: got 1.5, expected a whole number from 0 to 100"),
         ({"tune_steps": True}, "tune_steps: got True, expected a whole number"),
         ({"tune_rate": 0}, "tune_rate: got 0, expected a number from 1e-07 to 1"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from character_model import save_character_model
+from character_model import save_character_model, save_texts
 from helpers import EXPERT_MODELS, random_samples, save_tiny_model
 
 from marlin_gptq import InputError, QuantizationConfig, quantize_model
@@ -36,6 +36,8 @@ for name in sys.argv[3:]:
     config = QuantizationConfig(true_sequential="sequential" in output)
     if output == "techniques":
         config = QuantizationConfig(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1)
+    if "equal" in output:
+        config = QuantizationConfig(equal_samples=True, beam_width=2)
     work = WorkDirectory.new(folder / "work", {}) if team.leads and output == "kept" else None
     if output == "resumed" and team.leads:
         (folder / "work" / "block-00001.json").unlink()
@@ -68,6 +70,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "llama")
     save_tiny_model(tmp_path / "experts", "qwen3_moe", **EXPERT_MODELS["qwen3_moe"])
     jobs = ["llama:two", "llama:sequential", "llama:kept", "llama:resumed", "experts:experts-two", "llama:techniques"]
+    jobs += ["experts:experts-equal"]
     done = start(2, tmp_path / "worker.py", tmp_path, Path(__file__).parent, *jobs)
     assert done.returncode == 0, done.stderr
     assert equal(tmp_path / "two", tmp_path / "kept"), "the same each time"
@@ -78,8 +81,11 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         ("llama", "sequential"),
         ("experts", "experts-two"),
         ("llama", "techniques"),
+        ("experts", "experts-equal"),
     ):
         config = techniques if output == "techniques" else QuantizationConfig(true_sequential=output == "sequential")
+        if output == "experts-equal":
+            config = QuantizationConfig(equal_samples=True, beam_width=2)
         report = quantize_model(tmp_path / source, tmp_path / f"{output}-one", config, random_samples(12), device=CPU)
         one, two = tensors_of(tmp_path / f"{output}-one"), tensors_of(tmp_path / output)
         assert list(one) == list(two)
@@ -97,7 +103,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     source = save_character_model(tmp_path / "source")
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": f"document {i} " * (i + 1)}) + "\n" for i in range(8)))
+    save_texts(texts)
     arguments = (
         source,
         "-o",

@@ -55,7 +55,7 @@ def test_separate_experts_compute_what_the_fused_ones_do(tmp_path: Path, archite
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, experts_implementation="eager")
     with torch.no_grad():
         torch.testing.assert_close(run_blocks(stream, IDS), model(IDS).logits, rtol=1e-5, atol=1e-6)
-    assert stream.unknown_tensors() == []
+    assert stream.weights.unknown_tensors() == []
 
 
 @EVERY
@@ -135,7 +135,7 @@ def test_experts_fused_in_the_files_are_read_by_parts(tmp_path: Path) -> None:
     save_file(tensors, fused / "model.safetensors", metadata={"format": "pt"})
     (fused / "config.json").write_text((source / "config.json").read_text())
     plain, parts = (BlockStream(directory, device=CPU) for directory in (source, fused))
-    assert torch.equal(run_blocks(plain, IDS), run_blocks(parts, IDS)) and parts.unknown_tensors() == []
+    assert torch.equal(run_blocks(plain, IDS), run_blocks(parts, IDS)) and parts.weights.unknown_tensors() == []
     for directory, name in ((source, "a"), (fused, "b")):
         quantize_model(directory, tmp_path / name, QuantizationConfig(method="rtn"), [], device=CPU)
     a, b = TensorStore(tmp_path / "a"), TensorStore(tmp_path / "b")
@@ -217,7 +217,7 @@ def test_a_hessian_is_filled_up_to_its_features() -> None:
     few, prior = Hessian(8, CPU), Hessian(8, CPU)
     inputs = torch.randn(3, 8)
     few.add(inputs)
-    prior.sum, prior.tokens = random_hessian(8, seed=1) * 50, 50
+    prior.sum, prior.tokens, prior.total = random_hessian(8, seed=1) * 50, 50, 50.0
     expected = (3 * few.mean() + 5 * prior.mean()) / 8
     few.fill_up(prior, 8)
     torch.testing.assert_close(few.mean(), expected)

@@ -1,4 +1,4 @@
-"""quantization/fused.py against its plain torch twins, and quantization/loops.py, which chooses between them.
+"""quantization/fused.py, the pass over the columns, against its plain torch twins.
 
 Tests of the kernels run twice: marked gpu, on a GPU; and without one in Triton's interpreter, which must be asked for
 before Triton is imported, hence in a process of its own.
@@ -6,41 +6,30 @@ before Triton is imported, hence in a process of its own.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import tritons_interpreter
-from click.testing import CliRunner
-from helpers import random_hessian, random_samples, random_weight, save_tiny_model
+from helpers import random_hessian, random_weight
 from torch import Tensor
 from tritons_interpreter import INTERPRETED
 
-from marlin_gptq import InputError, QuantizationConfig, pipeline, quantize_model
-from marlin_gptq.cli.quantize import main
 from marlin_gptq.quantization import columns as plain
-from marlin_gptq.quantization import descent, fused, gptq, grid, loops
+from marlin_gptq.quantization import fused, grid, loops
 from marlin_gptq.quantization.gptq import gptq_quantize
 from marlin_gptq.quantization.hessian import damp, factor
 from marlin_gptq.quantization.weight import QuantizedWeight, round_to_codes
-from marlin_gptq.work_directory import WorkDirectory
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=tritons_interpreter.DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("runs in the process that test_the_kernels_in_tritons_interpreter starts")
-    return torch.device(request.param)
+    return tritons_interpreter.device(request.param)
 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "_tried", {})
-    monkeypatch.setattr(loops, "_enabled", True)
-    if INTERPRETED:  # each candidate costs the interpreter as much time as it costs a GPU none
-        monkeypatch.setattr(grid, "CLIP_RATIOS", grid.CLIP_RATIOS[::15])
-        tritons_interpreter.repair(monkeypatch)
+    tritons_interpreter.fresh_loops(monkeypatch)
 
 
 @pytest.mark.slow
@@ -131,15 +120,6 @@ def test_errors_are_pushed_as_by_the_twin(device: torch.device, rows: int, later
 # ---- GPTQ with them
 
 
-def use_fused(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """On a GPU the loops are chosen as always; in the interpreter the choice is made for them."""
-    if device.type == "cpu":
-        always = lambda device, columns, block_size, dtype: loops._fused(  # noqa: E731
-            columns if columns in fused.GROUP_WIDTHS else None
-        )
-        monkeypatch.setattr(gptq, "inner_loops", always)
-
-
 def problem(rows: int, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """(weight, damped Hessian, U), two input features dead."""
     hessian = random_hessian(features, seed=8)
@@ -187,7 +167,7 @@ def test_gptq_with_fused_loops_agrees_with_plain_torch(
     loops.set_fused(False)
     expected = gptq_quantize(weight, upper, **settings)
     loops.set_fused(True)
-    use_fused(monkeypatch, device)
+    tritons_interpreter.use_fused(monkeypatch, device)
     found = gptq_quantize(weight, upper, **settings)
 
     def loss(quantized: QuantizedWeight) -> float:
@@ -206,7 +186,7 @@ def test_gptq_with_fused_loops_agrees_with_plain_torch(
 def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, group: int, clip: bool
 ) -> None:
-    use_fused(monkeypatch, device)
+    tritons_interpreter.use_fused(monkeypatch, device)
     rows, features = (70, 96) if device.type == "cpu" else (4096 + 7, 1024)
     weight, _, upper = problem(rows, features, device)
     settings = {"group_size": group, "scale_dtype": torch.float16, "clip": clip}
@@ -219,130 +199,3 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(
             inside = slice(start, start + size)
             assert torch.equal(piece.codes, whole.codes[inside]), (size, start)
             assert torch.equal(piece.scales, whole.scales[inside]), (size, start)
-
-
-# ---- which loops run
-
-
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), triton: str | None = "3.6") -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(fused, "triton_version", lambda: triton)
-
-
-CUDA = torch.device("cuda", 0)
-
-
-def test_plain_torch_runs_wherever_something_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "_trial", lambda *_: None)
-    on_a_gpu(monkeypatch)
-    assert loops.inner_loops(CUDA, 128, 128, torch.float16).name == "triton 3.6"
-    assert loops.inner_loops(CUDA, 128, 128, torch.float16).best_scales is fused.best_scales
-    assert loops.inner_loops(CUDA, 4096, 128, torch.float16).best_scales is grid.best_scales
-    assert loops.inner_loops(CUDA, 4096, 128, torch.float16).push_errors is fused.push_errors
-    assert loops.inner_loops(CUDA, 128, 128, torch.float16).refit_group is fused.refit_group
-    assert loops.inner_loops(CUDA, 4096, 128, torch.float16).refit_group is descent.refit_group
-    assert loops.inner_loops(CUDA, 4096, 128, torch.float16).descend_columns is fused.descend_columns
-    assert loops.inner_loops(torch.device("cpu"), 128, 128, torch.float16) is loops.PLAIN
-    assert loops.inner_loops(CUDA, 128, 256, torch.float16) is loops.PLAIN
-    loops.set_fused(False)
-    assert loops.inner_loops(CUDA, 128, 128, torch.float16) is loops.PLAIN
-    loops.set_fused(True)
-    on_a_gpu(monkeypatch, capability=(7, 5))
-    assert loops.inner_loops(CUDA, 128, 128, torch.float16) is loops.PLAIN
-    on_a_gpu(monkeypatch, triton=None)
-    assert loops.inner_loops(CUDA, 128, 128, torch.float16) is loops.PLAIN
-
-
-def test_a_failing_compiler_costs_one_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*_: object) -> Tensor:
-        raise RuntimeError("ptxas exploded:\nFailed to find C compiler.\n")
-
-    on_a_gpu(monkeypatch)
-    trial = loops._trial
-    tries = []
-
-    def on_the_cpu(tried: loops.Loops, device: torch.device, *rest: object) -> str | None:
-        tries.append(rest)
-        return trial(tried._replace(best_scales=broken), torch.device("cpu"), *rest)
-
-    monkeypatch.setattr(loops, "_trial", on_the_cpu)
-    for columns in (128, 64, 4096):
-        assert loops.inner_loops(CUDA, columns, 128, torch.float16) is loops.PLAIN
-    assert len(tries) == 1
-    assert [record.getMessage() for record in caplog.records] == [
-        "GPTQ's inner loops run in plain torch, which is slower: the fused ones failed (RuntimeError: Failed to find C "
-        "compiler.)"
-    ]
-
-
-def test_loops_that_compute_something_else_are_not_used() -> None:
-    def trial(**changed: object) -> str | None:
-        return loops._trial(loops.PLAIN._replace(**changed), torch.device("cpu"), 64, torch.float16)
-
-    assert trial() is None
-    wrong = trial(best_scales=lambda weight, whitener, scales: scales[:, -1:])
-    assert wrong is not None and wrong.startswith("disagree with it on this GPU (equal: ")
-    assert "disagree" in str(trial(quantize_columns=lambda *_: None))
-    assert "disagree" in str(trial(push_errors=lambda *_: None))
-    assert "disagree" in str(trial(push_errors=lambda rest, *_: rest.fill_(torch.nan)))
-    assert "0% of refitted scales" in str(trial(refit_group=lambda *_: None))
-    assert "of refined codes)" in str(trial(descend_columns=lambda *_: None))
-    exact = descent.refit_group
-    for wrong in (0, torch.nan):
-        assert "disagree" in str(trial(refit_group=lambda *six, to=wrong: (exact(*six), six[4].fill_(to))))
-
-
-@pytest.mark.gpu
-def test_the_trial_passes_on_this_gpu(caplog: pytest.LogCaptureFixture) -> None:
-    if fused.triton_version() is None:
-        pytest.skip("needs Triton (it comes with torch's CUDA builds for Linux)")
-    for dtype in (torch.float16, torch.bfloat16):
-        for columns in (32, 64, 128, 4096):
-            found = loops.inner_loops(torch.device("cuda"), columns, 128, dtype)
-            assert found.name == f"triton {fused.triton_version()}"
-    assert not caplog.records
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("switch", ["0", "1"])
-def test_a_run_says_which_loops_it_had(tmp_path: Path, switch: str) -> None:
-    source = save_tiny_model(tmp_path / "source")
-    loops.set_fused(switch == "1")
-    report = quantize_model(
-        source, tmp_path / "out", QuantizationConfig(), random_samples(4), device=torch.device("cuda")
-    )
-    name = f"triton {fused.triton_version()}" if switch == "1" and fused.triton_version() else "torch"
-    assert report.inner_loops == name
-    assert json.loads((tmp_path / "out" / "quantize_log.json").read_text())["inner_loops"] == name
-
-
-def test_a_run_goes_on_with_the_loops_it_was_begun_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_tiny_model(tmp_path / "source")
-
-    def run(work: WorkDirectory) -> None:
-        with work:
-            quantize_model(
-                source, tmp_path / "out", QuantizationConfig(), random_samples(4), device=torch.device("cpu"),
-                overwrite=True, work=work,
-            )  # fmt: skip
-
-    run(WorkDirectory.new(tmp_path / "work", {}))
-    assert json.loads((tmp_path / "out" / "quantize_log.json").read_text())["inner_loops"] == "torch"
-    monkeypatch.setattr(pipeline, "inner_loops", lambda *_: loops.PLAIN._replace(name="triton 3.6"))
-    with pytest.raises(
-        InputError, match=r"inner loops: the run in .* was begun with 'torch', and is now asked to go on"
-    ):
-        run(WorkDirectory.resume(tmp_path / "work"))
-
-
-def test_the_switch_takes_0_and_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_tiny_model(tmp_path / "source")
-    arguments = [str(source), "-o", str(tmp_path / "out"), "--method", "rtn", "--device", "cpu"]
-    for value, on in (("0", False), ("1", True), ("", True)):
-        result = CliRunner().invoke(main, [*arguments, "--overwrite"], env={"MARLIN_GPTQ_FUSED": value})
-        assert result.exit_code == 0 and loops._enabled is on, result.output
-    result = CliRunner().invoke(main, arguments, env={"MARLIN_GPTQ_FUSED": "off"})
-    assert result.exit_code == 2
-    assert "MARLIN_GPTQ_FUSED: got 'off', expected 0 (plain torch) or 1 (fused GPU kernels)" in result.output

@@ -15,7 +15,7 @@ from torch import Tensor
 from tritons_interpreter import INTERPRETED
 
 from marlin_gptq.config import QuantizationConfig
-from marlin_gptq.quantization import descent, fused, gptq, grid, loops, refine, solve
+from marlin_gptq.quantization import descent, fused, loops, refine, solve
 from marlin_gptq.quantization.gptq import rtn_quantize
 from marlin_gptq.quantization.hessian import damp
 from marlin_gptq.quantization.refine import descend_codes, refit_scales
@@ -24,37 +24,20 @@ from marlin_gptq.quantization.weight import QuantizedWeight
 HALF, BRAIN = torch.float16, torch.bfloat16
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=tritons_interpreter.DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("runs in the process that test_the_kernels_in_tritons_interpreter starts")
-    return torch.device(request.param)
+    return tritons_interpreter.device(request.param)
 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "_tried", {})
-    monkeypatch.setattr(loops, "_enabled", True)
-    if INTERPRETED:
-        monkeypatch.setattr(grid, "CLIP_RATIOS", grid.CLIP_RATIOS[::15])
-        tritons_interpreter.repair(monkeypatch)
+    tritons_interpreter.fresh_loops(monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_the_kernels_in_tritons_interpreter(repository: Path) -> None:
     tritons_interpreter.run(__file__, repository)
-
-
-def use_fused(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """On a GPU the loops are chosen as always; in the interpreter the choice is made for them."""
-    if device.type == "cpu":
-        for user in (gptq, refine, solve):
-            monkeypatch.setattr(
-                user,
-                "inner_loops",
-                lambda device, columns, *_: loops._fused(columns if columns in fused.GROUP_WIDTHS else None),
-            )
 
 
 def problem(rows: int, features: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -159,7 +142,7 @@ CASES = [(32, 160, 33, 128), (64, 192, 35, 64), (128, 256, 40, 128), (-1, 136, 9
 def test_no_step_raises_the_loss(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, group: int, features: int, rows: int, block: int
 ) -> None:
-    use_fused(monkeypatch, device)
+    tritons_interpreter.use_fused(monkeypatch, device)
     weight, hessian = problem(rows, features, device)
     found = rounded(weight, group, HALF)
     before = first = loss(weight, found, hessian)
@@ -188,7 +171,7 @@ def test_the_refinement_agrees_with_plain_torch(
     loops.set_fused(False)
     expected = refine.refine(weight, start, hessian, sweeps=2, block_size=block)
     loops.set_fused(True)
-    use_fused(monkeypatch, device)
+    tritons_interpreter.use_fused(monkeypatch, device)
     found = refine.refine(weight, start, hessian, sweeps=2, block_size=block)
     assert found.codes.shape == expected.codes.shape and found.scales.dtype == dtype
     # A row goes its own way behind the first code or scale that fell the other way.
@@ -217,7 +200,7 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it(
     """Through `solve`: the pass in its order, scales of any sign, and the refinement."""
     if INTERPRETED and rows > 4096:
         pytest.skip("takes the interpreter hours")
-    use_fused(monkeypatch, device)
+    tritons_interpreter.use_fused(monkeypatch, device)
     weight, hessian = random_weight(rows, features, 3).to(device), random_hessian(features, 4).to(device)
     config = QuantizationConfig(
         group_size=32, damp_percent=0.01, signed_scales=True, act_order=act_order, refine_sweeps=2

@@ -23,11 +23,9 @@ from marlin_gptq.quantization.tunable import TunableWeight
 HALF, BRAIN, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=tritons_interpreter.DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("runs in the process that test_the_kernels_in_tritons_interpreter starts")
-    return torch.device(request.param)
+    return tritons_interpreter.device(request.param)
 
 
 @pytest.fixture(autouse=True)

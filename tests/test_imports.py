@@ -27,9 +27,16 @@ LAYERS = [
         "marlin_gptq.quantization",
         "marlin_gptq.formats",
         "marlin_gptq.checkpoint",
+        "marlin_gptq.checkpoint_writer",
         "marlin_gptq.text_sources",
     },
-    {"marlin_gptq.config", "marlin_gptq.costs", "marlin_gptq.text_files"},
+    {
+        "marlin_gptq.config",
+        "marlin_gptq.costs",
+        "marlin_gptq.text_files",
+        "marlin_gptq.model_directory",
+        "marlin_gptq.disk",
+    },
     {"marlin_gptq.errors"},
 ]
 PARTS = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}

@@ -11,6 +11,7 @@ from kernel_problems import (
     LIMIT,
     activations,
     dtype_name,
+    inside_guards,
     packed_weight,
     relative_error,
 )
@@ -205,15 +206,6 @@ def test_a_bad_row_stays_alone(m: int, value: float) -> None:
     others = torch.arange(m, device="cuda") != m // 2
     assert torch.equal(out[others], clean[others])
     assert not torch.isfinite(out[m // 2]).any()
-
-
-def inside_guards(tensor: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-    """A copy of a tensor with 4 KB of `fill` before and behind it; and that whole buffer."""
-    band = 4096 // tensor.element_size()
-    whole = torch.full((tensor.numel() + 2 * band,), fill, dtype=tensor.dtype, device="cuda")
-    view = whole[band : band + tensor.numel()].view(tensor.shape)
-    view.copy_(tensor)
-    return view, whole
 
 
 def raw_gemm(problem: Problem, a: Tensor, c: Tensor, variant: int) -> None:

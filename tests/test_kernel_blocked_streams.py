@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-
 import pytest
 import torch
-from kernel_problems import BFLOAT16, FLOAT16, LIMIT, activations, exact, packed_weight, relative_error
+from kernel_problems import (
+    BFLOAT16,
+    FLOAT16,
+    LIMIT,
+    activations,
+    differing_where_kernels_overlap,
+    dirty_tickets,
+    exact,
+    packed_weight,
+    relative_error,
+)
 from torch import Tensor
 
-from marlin_gptq.kernel import blocked, gemm_blocked, library, set_overlap
+from marlin_gptq.kernel import blocked, gemm_blocked, library
 from marlin_gptq.kernel.blocked_op import CAPABILITY, _gemm_blocked_cuda
 from marlin_gptq.kernel.library import BlockedChoice
 
@@ -30,14 +37,6 @@ def multiply(a: Tensor, blocks: Tensor, n: int) -> Tensor:
     return gemm_blocked(a, blocks, n=n, group_size=128)
 
 
-def dirty_tickets() -> int:
-    handle = library.loaded()
-    assert handle is not None
-    dirty, workspaces = ctypes.c_int64(-1), ctypes.c_int32(-1)
-    assert handle.marlin_gptq_dirty_tickets(0, ctypes.byref(dirty), ctypes.byref(workspaces)) == 0
-    return dirty.value
-
-
 @pytest.mark.parametrize("blocks", [1, 7, 131, 132])
 @pytest.mark.parametrize("m, dtype", [(10, BFLOAT16), (30, FLOAT16), (50, FLOAT16), (130, BFLOAT16), (300, FLOAT16)])
 def test_forced_grids(m: int, dtype: torch.dtype, blocks: int) -> None:
@@ -52,7 +51,7 @@ def test_forced_grids(m: int, dtype: torch.dtype, blocks: int) -> None:
     assert relative_error(out, exact(a, *packed)) < LIMIT[dtype]
     for _ in range(20):
         assert torch.equal(out, _gemm_blocked_cuda(a, layer, None, None, n, 128, False, choice))
-    assert dirty_tickets() == 0
+    assert dirty_tickets()[0] == 0
 
 
 EQUAL = [
@@ -81,7 +80,7 @@ def test_sixty_equal_runs(m: int, k: int, n: int, noise: bool) -> None:
                 torch.mm(busy[: 64 + 32 * (run % 40)], busy)
         differing += (multiply(a, layer, n) != first).sum()
     assert int(differing) == 0
-    assert dirty_tickets() == 0
+    assert dirty_tickets()[0] == 0
 
 
 def test_streams_at_once() -> None:
@@ -99,7 +98,7 @@ def test_streams_at_once() -> None:
                 count += (multiply(a, layer, n) != expected).sum()
     torch.cuda.synchronize()
     assert [int(count) for count in wrong] == [0] * len(problems)
-    assert dirty_tickets() == 0
+    assert dirty_tickets()[0] == 0
 
 
 @pytest.mark.parametrize("m", [20, 100, 500])
@@ -114,19 +113,12 @@ def test_graph_replays(m: int) -> None:
         graph.replay()
         eager = multiply(a, layer, 1024)
         assert torch.equal(first, eager) and torch.equal(second, eager)
-    assert dirty_tickets() == 0
-
-
-@pytest.fixture
-def overlap() -> Iterator[None]:
-    torch.cuda.synchronize()
-    yield
-    set_overlap(False)
+    assert dirty_tickets()[0] == 0
 
 
 @pytest.mark.parametrize("m", [17, 64, 300])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_a_chain_of_layers_that_overlap(m: int, graph: bool, overlap: None) -> None:
+def test_a_chain_of_layers_that_overlap(m: int, graph: bool) -> None:
     """Each layer reads what the one before, or torch, wrote last: weights may come early, nothing else."""
     layers = [weight(4096, 4096, seed=seed) for seed in range(4)]
 
@@ -136,25 +128,8 @@ def test_a_chain_of_layers_that_overlap(m: int, graph: bool, overlap: None) -> N
         return x
 
     inputs = [activations(m, 4096, FLOAT16, seed=seed) / 64 for seed in range(10)]
-    expected = [chain(x) for x in inputs]
-    torch.cuda.synchronize()
-    set_overlap(True)
-    a, captured = activations(m, 4096, FLOAT16), torch.cuda.CUDAGraph()
-    out = torch.empty_like(a)
-    if graph:
-        with torch.cuda.graph(captured):
-            out = chain(a)
-    differing = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(10):
-        for x, want in zip(inputs, expected, strict=True):
-            a.copy_(x)
-            if graph:
-                captured.replay()
-            else:
-                out = chain(a)
-            differing += (out != want).sum()
-    assert int(differing) == 0
-    assert dirty_tickets() == 0
+    assert differing_where_kernels_overlap(chain, inputs, graph) == 0
+    assert dirty_tickets()[0] == 0
 
 
 def test_nothing_but_the_output_is_allocated() -> None:

@@ -13,6 +13,7 @@ from kernel_problems import (
     dtype_name,
     exact,
     in_blocks,
+    inside_guards,
     packed_weight,
     relative_error,
     zero_points,
@@ -207,15 +208,6 @@ def raw_gemm(
         *pointers, None, c.data_ptr(), m, n, k, a.stride(0), group_size, a.dtype == BFLOAT16, 0, stream, 0, 0
     )
     assert code == 0, library.error_string(code)
-
-
-def inside_guards(tensor: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-    """A copy of a tensor with 4 KB of `fill` before and behind it; and that whole buffer."""
-    band = 4096 // tensor.element_size()
-    whole = torch.full((tensor.numel() + 2 * band,), fill, dtype=tensor.dtype, device="cuda")
-    view = whole[band : band + tensor.numel()].view(tensor.shape)
-    view.copy_(tensor)
-    return view, whole
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_problems import BFLOAT16, FLOAT16, LIMIT, activations, exact, packed_weight, relative_error
+from kernel_problems import (
+    BFLOAT16,
+    FLOAT16,
+    LIMIT,
+    activations,
+    differing_where_kernels_overlap,
+    dirty_tickets,
+    exact,
+    packed_weight,
+    relative_error,
+)
 from torch import Tensor
 
 from marlin_gptq.kernel import gemm, library, set_overlap
@@ -19,15 +28,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not library.status().available, reason=f"no kernel: {library.status().reason}"),
 ]
-
-
-def dirty_tickets(device: int = 0) -> tuple[int, int]:
-    """(reduction tickets that are not zero, workspaces)"""
-    handle = library.loaded()
-    assert handle is not None
-    dirty, workspaces = ctypes.c_int64(-1), ctypes.c_int32(-1)
-    assert handle.marlin_gptq_dirty_tickets(device, ctypes.byref(dirty), ctypes.byref(workspaces)) == 0
-    return dirty.value, workspaces.value
 
 
 @pytest.mark.parametrize("grid", [1, 7, 131, 132])
@@ -145,17 +145,9 @@ def test_graphs_replayed_at_once() -> None:
     assert dirty_tickets()[0] == 0
 
 
-@pytest.fixture
-def overlap() -> Iterator[None]:
-    torch.cuda.synchronize()
-    set_overlap(True)
-    yield
-    set_overlap(False)
-
-
 @pytest.mark.parametrize("m", [1, 16, 32, 48])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_a_chain_of_layers_that_overlap(m: int, graph: bool, overlap: None) -> None:
+def test_a_chain_of_layers_that_overlap(m: int, graph: bool) -> None:
     """Each layer reads what the one before, or torch, wrote last: weights may come early, nothing else."""
     layers = [packed_weight(4096, 4096, 128, FLOAT16, seed=seed) for seed in range(4)]
     bias = activations(1, 4096, FLOAT16, seed=9)[0]
@@ -166,27 +158,17 @@ def test_a_chain_of_layers_that_overlap(m: int, graph: bool, overlap: None) -> N
             x = x * 0.05 if index == 1 else x
         return x
 
-    a = activations(m, 4096, FLOAT16)
-    set_overlap(False)
     inputs = [activations(m, 4096, FLOAT16, seed=seed) / 64 for seed in range(30)]
-    expected = [chain(x) for x in inputs]
+    assert differing_where_kernels_overlap(chain, inputs, graph) == 0
+    assert dirty_tickets()[0] == 0
+
+
+@pytest.fixture
+def overlap() -> Iterator[None]:
     torch.cuda.synchronize()
     set_overlap(True)
-    out, captured_graph = torch.empty_like(a), torch.cuda.CUDAGraph()
-    if graph:
-        with torch.cuda.graph(captured_graph):
-            out = chain(a)
-    differing = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(10):
-        for x, want in zip(inputs, expected, strict=True):
-            a.copy_(x)
-            if graph:
-                captured_graph.replay()
-            else:
-                out = chain(a)
-            differing += (out != want).sum()
-    assert int(differing) == 0
-    assert dirty_tickets()[0] == 0
+    yield
+    set_overlap(False)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from kernel_problems import (
     FLOAT16,
     LIMIT,
     activations,
+    differing_where_kernels_overlap,
     dtype_name,
     exact,
     in_blocks,
@@ -20,7 +21,7 @@ from kernel_problems import (
 from torch import Tensor
 
 from marlin_gptq.formats import marlin
-from marlin_gptq.kernel import gemm, library, set_overlap
+from marlin_gptq.kernel import gemm, library
 from marlin_gptq.kernel.decode_blocks import MAX_TOKENS, decode_blocks
 from marlin_gptq.kernel.op import _gemm_with_grid
 from marlin_gptq.kernel.reference import dequantize
@@ -180,22 +181,7 @@ def test_a_chain_of_blocks_that_overlap(m: int) -> None:
         return x
 
     inputs = [activations(m, 4096, FLOAT16, seed=seed) / 64 for seed in range(30)]
-    expected = [chain(x) for x in inputs]
-    a, graph = inputs[0].clone(), torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    set_overlap(True)
-    try:
-        with torch.cuda.graph(graph):
-            out = chain(a)
-    finally:
-        set_overlap(False)
-    differing = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(10):
-        for x, want in zip(inputs, expected, strict=True):
-            a.copy_(x)
-            graph.replay()
-            differing += (out != want).sum()
-    assert int(differing) == 0
+    assert differing_where_kernels_overlap(chain, inputs, graph=True) == 0
 
 
 @needs_hopper

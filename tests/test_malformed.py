@@ -23,13 +23,14 @@ from foreign import save_foreign
 from safetensors.torch import load_file, save_file
 
 import marlin_gptq
-from marlin_gptq.checkpoint import TensorStore, read_json, require_inside
+from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.conversion import source as source_module
 from marlin_gptq.conversion.original import open_source, read_state_dict
 from marlin_gptq.conversion.settings import layout_of, stored_settings
 from marlin_gptq.conversion.source import Source, require_possible
 from marlin_gptq.conversion.survey import survey
 from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError
+from marlin_gptq.model_directory import read_json, require_inside
 
 KINDS = ("gptq", "awq", "compressed-tensors")
 SECONDS = 5.0  # one case takes milliseconds; more than this is a hang

@@ -148,7 +148,7 @@ def test_without_bounds_samples_would_come_out_otherwise(tmp_path: Path) -> None
     with stream.block(0) as block:
         together = stream.run(0, hidden.joined(range(4)), lengths)
         alone = torch.cat([stream.run(0, sample) for sample in hidden], dim=1)
-        args, kwargs = joined_arguments([stream._arguments(0, sample) for sample in hidden])
+        args, kwargs = joined_arguments([stream._asides.arguments(0, sample) for sample in hidden])
         with within_samples(block, [sum(lengths)]):  # one sample, as far as attention knows
             crossing = block(hidden.joined(range(4)), *args, **kwargs)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
@@ -259,8 +259,10 @@ def quantize(source: Path, output: Path, plan: Plan, monkeypatch: pytest.MonkeyP
         # What rounds otherwise once, by the order of a sum, the refinement carries on through its row.
         ("llama", {"correct_target": 0.5, "refine_sweeps": 1}, 0.95),
         ("mixtral", {"true_sequential": True}, 0.99),
+        ("llama", {"equal_samples": True, "correct_target": 0.5}, 0.95),
+        ("mixtral", {"equal_samples": True}, 0.98),
     ],
-    ids=["llama", "techniques", "experts"],
+    ids=["llama", "techniques", "experts", "equal samples", "equal samples and experts"],
 )
 def test_codes_are_those_of_samples_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, changes: dict, share: float

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import marlin_gptq.checkpoint as checkpoint
 import marlin_gptq.pipeline as pipeline
 import marlin_gptq.requirements as requirements
 from marlin_gptq import (
@@ -344,7 +343,7 @@ def test_the_size_of_the_result_is_known_before_any_work(
     size = quantize(source, tmp_path / "first", config).bytes_after
 
     free = size - 1
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr("marlin_gptq.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     message = rf"the disk is full: {size / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free; make room"
     with pytest.raises(CheckpointError, match=message):
         requirements.require_quantizable(source, tmp_path / "out", config)

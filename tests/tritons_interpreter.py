@@ -1,4 +1,4 @@
-"""Triton's interpreter, in which the tests of the fused loops run where there is no GPU.
+"""What tests of the fused loops share: they run on a GPU, and without one in Triton's interpreter.
 
 It must be asked for before Triton is imported, hence a process of its own for each file of such tests.
 """
@@ -14,8 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+from marlin_gptq.quantization import fused, gptq, grid, loops, refine, solve
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Parameters of a fixture: where such a test runs.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def run(file: str, repository: Path) -> None:
@@ -28,6 +33,33 @@ def run(file: str, repository: Path) -> None:
         cwd=repository, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def device(kind: str) -> torch.device:
+    """One of DEVICES; skips the CPU outside of the interpreter."""
+    if kind == "cpu" and not INTERPRETED:
+        pytest.skip("runs in the process that test_the_kernels_in_tritons_interpreter starts")
+    return torch.device(kind)
+
+
+def fresh_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No loops have been tried or turned off yet; in the interpreter there are fewer candidates for a scale."""
+    monkeypatch.setattr(loops, "_tried", {})
+    monkeypatch.setattr(loops, "_enabled", True)
+    if INTERPRETED:  # each candidate costs the interpreter as much time as it costs a GPU none
+        monkeypatch.setattr(grid, "CLIP_RATIOS", grid.CLIP_RATIOS[::15])
+        repair(monkeypatch)
+
+
+def use_fused(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """On a GPU the loops are chosen as always; in the interpreter the choice is made for them."""
+    if device.type == "cpu":
+        for user in (gptq, refine, solve):
+            monkeypatch.setattr(
+                user,
+                "inner_loops",
+                lambda device, columns, *_: loops._fused(columns if columns in fused.GROUP_WIDTHS else None),
+            )
 
 
 def repair(monkeypatch: pytest.MonkeyPatch) -> None:

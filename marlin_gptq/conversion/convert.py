@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from marlin_gptq.checkpoint import CheckpointWriter, require_space
+from marlin_gptq.checkpoint_writer import CheckpointWriter
 from marlin_gptq.conversion.linears import StoredLinear, exact_cast, refusal, with_scales, write_linear
 from marlin_gptq.conversion.original import StateDictWriter, open_source
 from marlin_gptq.conversion.parallel import split_problems, warnings_for
@@ -27,6 +27,7 @@ from marlin_gptq.conversion.settings import (
 )
 from marlin_gptq.conversion.source import Source
 from marlin_gptq.conversion.survey import Survey, run_linear, survey
+from marlin_gptq.disk import require_space
 from marlin_gptq.errors import InputError
 from marlin_gptq.output_directory import CARD, LOG_FILE
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_gptq.checkpoint import TensorStore, read_json
+from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.conversion.linears import StoredLinear
 from marlin_gptq.conversion.original import open_source
 from marlin_gptq.conversion.settings import stored_settings
 from marlin_gptq.conversion.source import Source
 from marlin_gptq.errors import CheckpointError
+from marlin_gptq.model_directory import read_json
 
 # Squared error over squared weight of a linear that is still taken for a quantization of the original. Rounding to 4
 # bits costs 0.005 to 0.02, the compensation of GPTQ and clipping a few times that; unrelated weights give 1 or more.

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from marlin_gptq.checkpoint import resolve_model
 from marlin_gptq.conversion.convert import checked_target, result_settings
 from marlin_gptq.conversion.linears import with_scales, write_linear
 from marlin_gptq.conversion.original import open_source
 from marlin_gptq.conversion.source import Source, empty_model
 from marlin_gptq.conversion.survey import Survey, run_linear, survey
 from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.model_directory import resolve_model
 from marlin_gptq.modeling.architecture import replace_linears, require_finite
 from marlin_gptq.modeling.experts import file_name
 from marlin_gptq.modeling.hf import MarlinGPTQConfig, MarlinGPTQQuantizer

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_gptq.checkpoint import read_json, resolve_model
 from marlin_gptq.config import GROUP_SIZES
 from marlin_gptq.conversion.settings import ORIGINAL, Layout, stored_settings
 from marlin_gptq.conversion.source import Source
 from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.model_directory import read_json, resolve_model
 
 # Kept by old versions of transformers; today's model computes them.
 COMPUTED = ("rotary_emb.inv_freq",)

@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from marlin_gptq.checkpoint import read_json
 from marlin_gptq.config import GROUP_SIZES, QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.model_directory import read_json
 
 ORIGINAL = "original"  # a state dict of the original Marlin repository, no directory
 FORMATS = ("marlin", "gptq", "awq", "compressed-tensors")

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from marlin_gptq.checkpoint import TensorStore, read_json
+from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.conversion.linears import ZERO_CODE, StoredLinear
 from marlin_gptq.conversion.reading import CODES, PARTS, Tensors, read_linear
 from marlin_gptq.conversion.settings import Layout, layout_of, stored_settings
 from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.model_directory import read_json
 from marlin_gptq.modeling.architecture import decoder_blocks, read_config
 from marlin_gptq.modeling.experts import file_name, separate_experts
 

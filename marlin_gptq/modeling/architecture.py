@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from marlin_gptq.checkpoint import read_json
 from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import InputError, QuantizationError
+from marlin_gptq.model_directory import read_json
 from marlin_gptq.modeling.experts import routing_modules, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.quantization.weight import columns_per_group

@@ -1,9 +1,9 @@
 """A decoder model streamed through a device: embedding, one block at a time, head.
 
 The model is built without weights; those of a block are read from the checkpoint when the block is entered and let go
-when it is left. Masks, positions and rotary embeddings are made by the model's own forward, in which every block but
-the one that runs stands aside. So no architecture's forward is written down again here, and memory stays near one
-block.
+when it is left (streamed_weights.py). Masks, positions and rotary embeddings are made by the model's own forward, in
+which every block but the one that runs stands aside (asides.py). So no architecture's forward is written down again
+here, and memory stays near one block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import sys
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,70 +21,18 @@ from torch.nn.attention import sdpa_kernel
 
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import QuantizationConfig
-from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.errors import InputError
 from marlin_gptq.kernel import why_not
-from marlin_gptq.modeling.architecture import (
-    decoder_blocks,
-    quantization_settings,
-    read_config,
-    replace_linears,
-    require_finite,
-)
+from marlin_gptq.modeling.architecture import decoder_blocks, quantization_settings, read_config, replace_linears
+from marlin_gptq.modeling.asides import Asides
 from marlin_gptq.modeling.attention import ANY_LENGTH, REPEATABLE
-from marlin_gptq.modeling.experts import file_name, fused_source, separate_experts
+from marlin_gptq.modeling.experts import separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
-from marlin_gptq.modeling.packed import (
-    PROBE_LENGTHS,
-    Arguments,
-    joined_arguments,
-    kind_of,
-    make_of,
-    mistake,
-    packs_of,
-    within_samples,
-)
-from marlin_gptq.modeling.read_ahead import ReadAhead, Source, read
+from marlin_gptq.modeling.packed import PROBE_LENGTHS, joined_arguments, make_of, mistake, packs_of, within_samples
+from marlin_gptq.modeling.streamed_weights import StreamedWeights, release, stored_dtype
 
 logger = logging.getLogger(__name__)
 _C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-# Most memory for positions and masks that are kept from one pass of the samples to the next: rotary tables of 256
-# documents of 2000 tokens, say. What does not fit is computed again each time.
-_REMEMBERED_BYTES = 1 << 28
-
-
-class _Stop(Exception):
-    """Raised inside the model's forward once the wanted tensor is there."""
-
-
-def _stop(_: Tensor) -> Tensor:
-    raise _Stop
-
-
-class _Aside(nn.Module):
-    """Stands where a decoder block stood: hands its input on, or what `hand_over` puts in its place.
-
-    Attributes that a model asks of its blocks (attention_type, layer_idx, …) are answered by the absent block.
-    """
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["absent"] = block  # not a submodule: its weights stay away
-        self.__dict__["hand_over"] = None
-        self.__dict__["recording"] = False
-        self.__dict__["asked"] = None  # (args, kwargs) of the call while recording, without the hidden states
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["absent"], name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.__dict__["recording"]:
-            self.__dict__["asked"] = (args, kwargs)
-        replacement = self.__dict__["hand_over"]
-        return hidden_states if replacement is None else replacement(hidden_states)
 
 
 class BlockStream:
@@ -120,24 +67,16 @@ class BlockStream:
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
         self.model.eval().requires_grad_(False)
         separate_experts(self.model, self.config)
-        self.prefix, real = decoder_blocks(self.model, self.config)
+        self.prefix, places = decoder_blocks(self.model, self.config)
         if self.settings is not None:
             replace_linears(self.model, self.config, self.settings, self.stored_dtype)
-        self._blocks = list(real)
-        self._places = real
-        self._asides = [_Aside(block) for block in self._blocks]
-        for index, aside in enumerate(self._asides):
-            real[index] = aside
-        self._remembered: dict[tuple[int, ...], list[Arguments]] = {}
-        self._remembered_bytes = 0
-        # Of arguments of each length, for each block: what samples must have in common to share a pass.
-        self._kinds: dict[int, list[Hashable | None]] = {}
+        self._asides = Asides(self.model, places)
+        self._blocks = self._asides.blocks
         # Of blocks tried: what goes wrong when samples share a pass.
         self._mistakes: dict[Hashable, str | None] = {}
         self._told_alone = False
-        self._tied = self._tied_names()
-        self._ahead = ReadAhead(self.store, device)
-        self._require_complete()
+        self.weights = StreamedWeights(self.model, self.prefix, self._blocks, self.store, self.settings, device)
+        self.weights.require_complete()
         self._move_buffers()
 
     @property
@@ -150,50 +89,41 @@ class BlockStream:
 
     def block_name(self, index: int) -> str:
         """Full name, for instance `model.layers.0`."""
-        return f"{self.prefix}.{index}"
+        return self.weights.block_name(index)
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids int64 [B, T] → the input of block 0 [B, T, hidden_size]; outside `block(0)`."""
-        self._load(self._outer_modules(self.model.get_input_embeddings()))
-        caught: list[Tensor] = []
-
-        def catch(hidden: Tensor) -> Tensor:
-            caught.append(hidden)
-            raise _Stop
-
-        with self._handing_over(0, catch):
-            self._forward(input_ids=ids.to(self.device))
-        return caught[0]
+        self.weights.load_outer(self.model.get_input_embeddings())
+        return self._asides.embed(ids.to(self.device))
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Inside: block `index` with its weights on the device, ready for `run`."""
         block = self._blocks[index]
-        self._load([(self.block_name(index), block)])
+        self.weights.load_block(index)
         layers = [layer for layer in block.modules() if isinstance(layer, MarlinLinear)]
         for layer in layers:
             layer.prepare_for_device()
             layer.hold_dense(not self._kernel_runs())
-        self._places[index] = block
+        self._asides.enter(index)
         try:
             yield block
         finally:
-            self._places[index] = self._asides[index]
+            self._asides.leave(index)
             for layer in layers:
                 layer.hold_dense(False)
                 layer.restore_stored_layout()
-            _release(block)
+            release(block)
             return_free_memory()
 
     def read_ahead(self, index: int) -> None:
         """Begin to read the weights of block `index` into host memory, for when it is entered; `close` ends it."""
-        root = [(self.block_name(index), self._blocks[index])]
-        self._ahead.start({name: self._source(name, like) for _, _, name, like in self._absent(root)})
+        self.weights.read_ahead(index)
 
     def close(self) -> None:
         """End the thread that reads ahead, if one began."""
-        self._ahead.close()
+        self.weights.close()
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor, lengths: Sequence[int] = ()) -> Tensor:
@@ -209,15 +139,15 @@ class BlockStream:
         """As `run`, with `tensors`, by their names inside the block, in the place of its own; where gradients are
         enabled they go to these and to `hidden`, which may be of another dtype than the stream's."""
         block = self._blocks[index]
-        if self._places[index] is not block:
+        if not self._asides.entered(index):
             raise RuntimeError(f"block {index} is not loaded: call run inside `with stream.block({index})`")
         with torch.autocast(self.device.type, enabled=False):  # what is remembered is the same whoever asks first
             like = hidden.detach().to(self.dtype)
             if len(lengths) < 2:
-                args, kwargs = self._arguments(index, like)
+                args, kwargs = self._asides.arguments(index, like)
             else:
                 parts = like.split(list(lengths), dim=1)
-                args, kwargs = joined_arguments([self._arguments(index, part) for part in parts])
+                args, kwargs = joined_arguments([self._asides.arguments(index, part) for part in parts])
         attention = within_samples(block, lengths) if len(lengths) > 1 else nullcontext()
         with sdpa_kernel(REPEATABLE if torch.is_grad_enabled() else ANY_LENGTH), attention:
             if tensors:
@@ -259,11 +189,8 @@ class BlockStream:
             )
 
     def _kind(self, index: int, length: int) -> Hashable | None:
-        """What samples of this length must have in common with others to share a pass, None if they cannot."""
-        if length not in self._kinds:
-            shape = (1, length, self.config.hidden_size)
-            self._arguments(index, torch.zeros(shape, dtype=self.dtype, device=self.device))
-        return self._kinds[length][index]
+        like = torch.zeros((), dtype=self.dtype, device=self.device)
+        return self._asides.kind(index, like.expand(1, length, self.config.hidden_size))
 
     def _mistake(self, index: int) -> str | None:
         """What goes wrong when samples share a pass through block `index`; tried once for all blocks of its make."""
@@ -280,53 +207,22 @@ class BlockStream:
         return self._mistakes[make]
 
     @torch.no_grad()
-    def _arguments(self, index: int, hidden: Tensor) -> Arguments:
-        """What the model's own forward hands block `index` beside hidden states of this shape.
-
-        One forward in which all blocks stand aside tells it for every block; it does not depend on the hidden states'
-        values. It is kept for the next block and pass, as long as that takes little memory.
-        """
-        shape = tuple(hidden.shape[:2])
-        if shape in self._remembered:
-            return self._remembered[shape][index]
-        place = self._places[index]
-        self._places[index] = self._asides[index]
-        for aside in self._asides:
-            aside.__dict__["recording"] = True
-        try:
-            with self._handing_over(self.n_blocks - 1, _stop):
-                self._forward(inputs_embeds=hidden)
-            arguments = [aside.__dict__["asked"] for aside in self._asides]
-        finally:
-            self._places[index] = place
-            for aside in self._asides:
-                aside.__dict__.update(recording=False, asked=None)
-        if shape[0] == 1 and shape[1] not in self._kinds:
-            self._kinds[shape[1]] = [kind_of(asked, shape[1]) for asked in arguments]
-        size = _tensor_bytes(arguments)
-        if self._remembered_bytes + size <= _REMEMBERED_BYTES:
-            self._remembered[shape] = arguments
-            self._remembered_bytes += size
-        return arguments[index]
-
-    @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
         """The last block's output [B, T, hidden_size] → logits [B, T, vocab_size]: final norm and output head."""
-        self._load(self._outer_modules(None))
-        with self._handing_over(self.n_blocks - 1, lambda _: hidden):
+        self.weights.load_outer()
+        with self._asides.leaving(hidden):
             return self.model(inputs_embeds=hidden, use_cache=False).logits
 
     @torch.no_grad()
     def final(self, hidden: Tensor) -> Tensor:
         """The last block's output [B, T, hidden_size] → what the output head sees: the final norm, no logits."""
-        self._load(self._outer_modules(None))
-        with self._handing_over(self.n_blocks - 1, lambda _: hidden):
+        self.weights.load_outer()
+        with self._asides.leaving(hidden):
             return self.model.get_decoder()(inputs_embeds=hidden, use_cache=False).last_hidden_state
 
     def release(self) -> None:
         """Let the weights outside the blocks go; `embed` and `head` read them again when called."""
-        for _, module in self._outer_modules(None):
-            _release(module)
+        self.weights.release_outer()
 
     def kernel_name(self) -> str:
         """What computes the quantized linears here, for reports."""
@@ -345,154 +241,6 @@ class BlockStream:
     def _gpu_index(self) -> int:
         return torch.cuda.current_device() if self.device.index is None else self.device.index
 
-    def _forward(self, **inputs: Tensor) -> None:
-        try:
-            self.model(use_cache=False, **inputs)
-        except _Stop:
-            return
-        raise InputError(f"{type(self.model).__name__}: its forward did not reach its decoder blocks; not understood")
-
-    @contextmanager
-    def _handing_over(self, index: int, replacement: Any) -> Iterator[None]:
-        aside = self._asides[index]
-        aside.__dict__["hand_over"] = replacement
-        try:
-            yield
-        finally:
-            aside.__dict__["hand_over"] = None
-
-    def outer_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter outside the blocks as it stands in the files, on the CPU; of tied ones the stored one."""
-        for prefix, module in self._outer_modules(None):
-            for own, _ in module.named_parameters(recurse=False):
-                if (name := f"{prefix}.{own}") in self.store:
-                    yield name, self.store.get(name)
-
-    def elements(self) -> Iterator[tuple[str, int]]:
-        """(name, number of elements) of every tensor the model takes from its files; of tied ones the stored one."""
-        for index, block in enumerate(self._blocks):
-            for name, tensor in _persistent(block):
-                yield f"{self.block_name(index)}.{name}", tensor.numel()
-        for prefix, module in self._outer_modules(None):
-            for own, parameter in module.named_parameters(recurse=False):
-                if (name := f"{prefix}.{own}") in self.store:
-                    yield name, parameter.numel()
-
-    def file_name(self, name: str) -> str:
-        """What checkpoint files call the tensor that the model calls `name`."""
-        return file_name(name, self.config)
-
-    def unknown_tensors(self) -> list[str]:
-        """Names in the files that the architecture has no place for (rotary tables of old checkpoints aside)."""
-        known: set[str] = set()
-        for index, block in enumerate(self._blocks):
-            for name, tensor in _persistent(block):
-                full = f"{self.block_name(index)}.{name}"
-                fused = fused_source(full, self.config, tensor.shape[0])
-                known |= {full, self.file_name(full)} | ({fused[0], self.file_name(fused[0])} if fused else set())
-        known |= {f"{prefix}.{own}" for prefix, module in self._outer_modules(None) for own in module._parameters}
-        return sorted(name for name in set(self.store.names) - known if not name.endswith("rotary_emb.inv_freq"))
-
-    def _outer_modules(self, only: nn.Module | None) -> list[tuple[str, nn.Module]]:
-        """Modules outside the blocks that hold parameters of their own; `only` narrows it to one."""
-        found = []
-        for name, module in self.model.named_modules():
-            if not any(True for _ in module.parameters(recurse=False)):
-                continue
-            if only is None or module is only:
-                found.append((name, module))
-        return found
-
-    def _load(self, modules: list[tuple[str, nn.Module]]) -> None:
-        """Read every parameter and persistent buffer of these modules that is still without data."""
-        for module, own, full, like in self._absent(modules):
-            tensor = self._read(full, like)
-            parameter = isinstance(like, nn.Parameter)
-            setattr(module, own, nn.Parameter(tensor, requires_grad=False) if parameter else tensor)
-
-    @staticmethod
-    def _absent(modules: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, str, str, Tensor]]:
-        """(module, name in it, full name, itself) of every parameter and persistent buffer without data."""
-        found: list[tuple[nn.Module, str, str, Tensor]] = []
-        for prefix, root in modules:
-            for name, module in root.named_modules():
-                full = ".".join(part for part in (prefix, name) if part)
-                named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-                found += [(module, own, f"{full}.{own}", like) for own, like in named if like.is_meta]
-        return found
-
-    def _read(self, name: str, like: Tensor) -> Tensor:
-        tensor = self._ahead.take(name)
-        if tensor is None:
-            tensor = read(self.store, self._source(name, like))
-        if tensor.shape != like.shape:
-            raise CheckpointError(f"{name}: got {list(tensor.shape)}, expected {list(like.shape)} from config.json")
-        if tensor.is_floating_point() != like.is_floating_point():
-            raise CheckpointError(f"{name}: got {tensor.dtype}, expected {like.dtype}")
-        there = tensor.to(self.device)  # first, because a GPU checks much faster
-        require_finite(name, there, "the checkpoint is damaged")
-        moved = there.to(like.dtype)
-        if like.dtype == torch.float16 and tensor.dtype != torch.float16:
-            require_finite(name, moved, "float16 overflows; use --dtype bfloat16")
-        return moved
-
-    def _source(self, name: str, like: Tensor) -> Source:
-        """(tensor in the files, part of it or None for all): files may hold the experts of a layer in one tensor."""
-        fused = None if name in self.store else fused_source(name, self.config, like.shape[0])
-        for stored in (fused[0], self.file_name(fused[0])) if fused else ():
-            if stored in self.store:
-                return stored, fused[1] if fused else None
-        return self._stored_name(name), None
-
-    def _stored_name(self, name: str) -> str:
-        """Files may use another name, and tied weights stand in them under one name only."""
-        for stored in (name, self.file_name(name)):
-            if stored in self.store:
-                return stored
-        source = self._tied.get(name)
-        if source is not None and source in self.store:
-            return source
-        strangers = self.unknown_tensors()
-        if strangers:
-            raise InputError(
-                f"{type(self.model).__name__}: not understood: its files hold {strangers[0]} and no {name}, that is, "
-                "they store the model in another form than this version of transformers runs it"
-            )
-        raise CheckpointError(f"{self.model_dir}: the tensor {name} is missing; fetch the checkpoint again")
-
-    def _tied_names(self) -> dict[str, str]:
-        if not getattr(self.config, "tie_word_embeddings", False):
-            return {}
-        names = {id(module): name for name, module in self.model.named_modules()}
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is None:
-            return {}
-        one, other = f"{names[id(head)]}.weight", f"{names[id(embedding)]}.weight"
-        return {one: other, other: one}
-
-    def _require_complete(self) -> None:
-        """CheckpointError, before any work, for a tensor the architecture needs and the files lack or misshape."""
-        for index, block in enumerate(self._blocks):
-            for name, tensor in _persistent(block):
-                self._require_shape(f"{self.block_name(index)}.{name}", tensor)
-        for prefix, module in self._outer_modules(None):
-            for own, parameter in module.named_parameters(recurse=False):
-                self._require_shape(f"{prefix}.{own}", parameter)
-
-    def _require_shape(self, name: str, like: Tensor) -> None:
-        stored, part = self._source(name, like)
-        shape = list(self.store.shape(stored))
-        if part is not None:
-            experts, rows, columns = shape
-            if part[0] >= experts:
-                raise CheckpointError(f"{stored}: holds {experts} experts, config.json names more ({name})")
-            shape = [len(range(*part[1].indices(rows))), columns]
-        if shape != list(like.shape):
-            hint = ""
-            if name.endswith(".scales") and self.settings is not None:
-                hint = f" and group_size {self.settings.group_size_of(name.removesuffix('.scales'))}"
-            raise CheckpointError(f"{name}: got {shape}, expected {list(like.shape)} from config.json{hint}")
-
     def _move_buffers(self) -> None:
         """Rotary tables and the like, which no file holds, to the device."""
         holders = [self.model, *self._blocks]
@@ -501,53 +249,6 @@ class BlockStream:
                 for own, buffer in module.named_buffers(recurse=False):
                     if not buffer.is_meta:
                         module._buffers[own] = buffer.to(self.device)
-
-
-def stored_dtype(store: TensorStore, quantized: bool) -> torch.dtype:
-    """The float dtype of a checkpoint's linears: that of their scales, if it is quantized."""
-    ending = ".scales" if quantized else "_proj.weight"
-    named = [name for name in store.names if name.endswith(ending)] or store.names
-    if not named:
-        raise CheckpointError(f"{store.directory}: its weight files hold no tensor")
-    dtype = store.dtype(named[0])
-    return dtype if dtype.is_floating_point else torch.float16
-
-
-def _persistent(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from block.named_parameters()
-    temporary = {
-        f"{name}.{own}" if name else own
-        for name, module in block.named_modules()
-        for own in module._non_persistent_buffers_set
-    }
-    yield from ((name, buffer) for name, buffer in block.named_buffers() if name not in temporary)
-
-
-def _tensor_bytes(tree: Any) -> int:
-    """Memory of all tensors in nested lists, tuples and dictionaries, each storage once."""
-    storages: dict[int, int] = {}
-
-    def walk(node: Any) -> None:
-        if isinstance(node, Tensor):
-            storages[node.untyped_storage().data_ptr()] = node.untyped_storage().nbytes()
-        elif isinstance(node, list | tuple):
-            for item in node:
-                walk(item)
-        elif isinstance(node, dict):
-            for item in node.values():
-                walk(item)
-
-    walk(tree)
-    return sum(storages.values())
-
-
-def _release(root: nn.Module) -> None:
-    for module in root.modules():
-        for own, parameter in module.named_parameters(recurse=False):
-            setattr(module, own, nn.Parameter(parameter.to("meta"), requires_grad=False))
-        for own, buffer in module.named_buffers(recurse=False):
-            if own not in module._non_persistent_buffers_set:
-                module._buffers[own] = buffer.to("meta")
 
 
 def return_free_memory() -> None:

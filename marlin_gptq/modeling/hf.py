@@ -16,9 +16,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from marlin_gptq.checkpoint import require_inside
 from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.model_directory import require_inside
 from marlin_gptq.modeling.architecture import replace_linears
 from marlin_gptq.modeling.experts import Experts, file_name
 from marlin_gptq.modeling.fused import fuse_projections

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from marlin_gptq.errors import InputError
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.experts import Experts, expert_lists
+from marlin_gptq.modeling.sample_weights import SampleWeights
 from marlin_gptq.quantization.hessian import Cross, Hessian
 
 Groups = list[list[str]]
@@ -83,6 +84,7 @@ def collect_hessians(
     hidden: Samples,
     add_up: AddUp = lambda _: None,
     token_cap: float = 0.0,
+    equal_samples: bool = False,
 ) -> Calibrated:
     """Run all samples through the block and sum one Hessian per group; `groups` in the order they run.
 
@@ -90,13 +92,18 @@ def collect_hessians(
 
     add_up     sums Hessians over the processes of a run, each of which has samples of its own.
     token_cap  limits the weight of a token by the median over its sample, see `Hessian.add`: not for packs.
+    equal_samples  every sample weighs the same, instead of every token; packs or not.
 
     An expert that fewer tokens reached than it has input features has a singular Hessian, or none. A second pass then
     takes all tokens of its layer through it, and they fill the Hessian up to as many tokens as there are features.
     """
     hessians = {group[0]: Hessian(linears[group[0]].in_features, stream.device) for group in groups}
-    hooks = [linears[name].register_forward_pre_hook(_summing(h, token_cap)) for name, h in hessians.items()]
     experts = _experts_of(stream.block_module(index), stream.block_name(index))
+    weights = SampleWeights(stream.block_module(index), experts) if equal_samples else None
+    hooks = [
+        linears[name].register_forward_pre_hook(_summing(h, token_cap, weights, name)) for name, h in hessians.items()
+    ]
+    hooks += weights.hooks if weights is not None else []
     if not experts.keys() & hessians.keys():  # which experts run, and in what order, depends on the tokens
         hooks.append(linears[groups[-1][0]].register_forward_pre_hook(_enough))
     _pass(stream, index, hidden, hooks)
@@ -104,7 +111,9 @@ def collect_hessians(
     found = Calibrated(hessians, {name: hessian.tokens for name, hessian in hessians.items()})
     starved = [name for name, h in hessians.items() if name in experts and h.tokens < linears[name].in_features]
     if starved:
-        _fill_up(stream, index, {name: experts[name] for name in starved}, found, hidden, add_up, token_cap)
+        _fill_up(
+            stream, index, {name: experts[name] for name in starved}, found, hidden, add_up, token_cap, equal_samples
+        )
     return found
 
 
@@ -116,20 +125,23 @@ def _fill_up(
     hidden: Samples,
     add_up: AddUp,
     token_cap: float,
+    equal_samples: bool,
 ) -> None:
     """Hessians of the whole layer's tokens, for the gate and up projections one for all, for each down its own."""
     layer: dict[int, Hessian] = {}
     own: dict[str, Hessian] = {}
-    hooks = []
+    weights = SampleWeights(stream.block_module(index), {}) if equal_samples else None  # of all tokens, as they come
+    hooks = list(weights.hooks) if weights is not None else []
     for name, (experts, number, down) in starved.items():
         features = found.hessians[name].sum.shape[0]
         if down:
             own[name] = Hessian(features, stream.device)
-            hooks.append(experts.register_forward_pre_hook(_summing(own[name], token_cap, experts[number].inner)))
+            summing = _summing(own[name], token_cap, weights, image=experts[number].inner)
+            hooks.append(experts.register_forward_pre_hook(summing))
         else:
             if id(experts) not in layer:
                 layer[id(experts)] = Hessian(features, stream.device)
-                hooks.append(experts.register_forward_pre_hook(_summing(layer[id(experts)], token_cap)))
+                hooks.append(experts.register_forward_pre_hook(_summing(layer[id(experts)], token_cap, weights)))
             own[name] = layer[id(experts)]
     _pass(stream, index, hidden, hooks)
     add_up({id(prior): prior for prior in own.values()}.values())
@@ -139,9 +151,17 @@ def _fill_up(
 
 
 def _summing(
-    hessian: Hessian, token_cap: float, image: Callable[[Tensor], Tensor] | None = None
+    hessian: Hessian,
+    token_cap: float,
+    weights: SampleWeights | None,
+    name: str = "",
+    image: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[nn.Module, tuple], None]:
-    return lambda _, args: hessian.add(args[0] if image is None else image(args[0]), token_cap)
+    def hook(_: nn.Module, args: tuple) -> None:
+        inputs = args[0] if image is None else image(args[0])
+        hessian.add(inputs, token_cap, None if weights is None else weights.of(name, inputs))
+
+    return hook
 
 
 class _Enough(Exception):
@@ -195,13 +215,14 @@ def collect_cross(
     full: Samples,
     add_up: AddUp = lambda _: None,
     token_cap: float = 0.0,
+    equal_samples: bool = False,
 ) -> dict[str, Cross]:
     """For each group, keyed by its first linear, how its inputs differ from those of the full-precision model.
 
     groups        in the order they run, none of them experts'.
     hidden, full  the block's inputs after quantized and after full-precision blocks, the same samples at a time.
     originals     the block's weights before any of it was quantized.
-    add_up, token_cap  as of `collect_hessians`.
+    add_up, token_cap, equal_samples  as of `collect_hessians`.
     """
     crosses = {group[0]: Cross(linears[group[0]].in_features, stream.device) for group in groups}
     caught: dict[str, Tensor] = {}
@@ -211,6 +232,8 @@ def collect_cross(
 
     hooks = [linears[name].register_forward_pre_hook(catch(name)) for name in crosses]
     hooks.append(linears[groups[-1][0]].register_forward_pre_hook(_enough))
+    weights = SampleWeights(stream.block_module(index), {}) if equal_samples else None
+    hooks += weights.hooks if weights is not None else []
     try:
         for (arriving, lengths), (exact, _) in zip(hidden, full, strict=True):
             with full_precision(linears, originals), suppress(_Enough):
@@ -219,7 +242,8 @@ def collect_cross(
             with suppress(_Enough):
                 stream.run(index, arriving.to(stream.device), lengths)
             for name, cross in crosses.items():
-                cross.add(wanted[name], caught[name], token_cap)
+                inputs = caught[name]
+                cross.add(wanted[name], inputs, token_cap, None if weights is None else weights.of(name, inputs))
     finally:
         for hook in hooks:
             hook.remove()

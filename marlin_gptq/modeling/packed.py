@@ -134,6 +134,11 @@ def bounds_of(lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(accumulate(lengths, initial=0))
 
 
+def lengths_now(tokens: int) -> tuple[int, ...]:
+    """Those of the samples in the pass that is running, `tokens` tokens in all: of a pack, or of one sample alone."""
+    return tuple(stop - start for start, stop in pairwise(_bounds.get((0, tokens))))
+
+
 @contextmanager
 def within_samples(block: nn.Module, lengths: Sequence[int]) -> Iterator[None]:
     """Inside, attention of `block` stays within the samples of these lengths.

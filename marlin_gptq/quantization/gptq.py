@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from marlin_gptq.quantization.grid import clipped_scale, full_scale, inverse_of_upper, signed_scale, stored_scale
-from marlin_gptq.quantization.loops import inner_loops
+from marlin_gptq.quantization.loops import Loops, inner_loops
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, round_to_codes
 
 
@@ -43,9 +43,7 @@ def gptq_quantize(
              scales of the result are those of each group's first column.
     """
     out_features, in_features = weight.shape
-    columns = columns_per_group(in_features, group_size)
-    if columns % block_size and block_size % columns and columns != in_features:
-        raise ValueError(f"block_size: got {block_size}, which does not line up with groups of {columns}")
+    columns = lined_up_groups(in_features, group_size, block_size)
     remaining = weight.float().clone()
     codes = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(out_features, in_features // columns, dtype=scale_dtype, device=weight.device)
@@ -53,7 +51,7 @@ def gptq_quantize(
         scales.copy_(scales_of_columns[:, ::columns])
 
     loops = inner_loops(weight.device, columns, min(block_size, in_features), scale_dtype)
-    whiteners = _whiteners(upper, hessian, columns) if clip and scales_of_columns is None else None
+    whiteners = whiteners_of_groups(upper, hessian, columns) if clip and scales_of_columns is None else None
 
     for start in range(0, in_features, block_size):
         stop = min(start + block_size, in_features)
@@ -69,16 +67,8 @@ def gptq_quantize(
                 end = first + columns
                 # A group longer than the block reaches into columns that all earlier blocks have compensated.
                 ahead = remaining[:, first:end] if end > stop else block[first - start : end - start].t()
-                if whiteners is not None:
-                    corner, whitener = upper[first:end, first:end], whiteners[group]
-                    found = clipped_scale(
-                        ahead, corner, scale_dtype, signed=signed, whitener=whitener, search=loops.best_scales
-                    )
-                elif signed:
-                    found = stored_scale(signed_scale(ahead), scale_dtype)
-                else:
-                    found = full_scale(ahead, scale_dtype)
-                scales[:, group] = found.squeeze(1)
+                whitener = None if whiteners is None else whiteners[group]
+                scales[:, group] = scale_of_group(ahead, whitener, scale_dtype, signed, loops)
             steps = scales[:, group] if scales_of_columns is None else scales_of_columns[:, start:stop].t()
             loops.quantize_columns(block, block_codes, errors, square, steps, first - start, first - start + run)
         codes[:, start:stop] = block_codes.t()
@@ -86,7 +76,26 @@ def gptq_quantize(
     return QuantizedWeight(codes, scales, None, group_size)
 
 
-def _whiteners(upper: Tensor, hessian: Tensor | None, columns: int) -> Tensor:
+def lined_up_groups(in_features: int, group_size: int, block_size: int) -> int:
+    """Columns of a group; ValueError if groups do not fill the row, or neither divides the other of group and block."""
+    columns = columns_per_group(in_features, group_size)
+    if columns % block_size and block_size % columns and columns != in_features:
+        raise ValueError(f"block_size: got {block_size}, which does not line up with groups of {columns}")
+    return columns
+
+
+def scale_of_group(weight: Tensor, whitener: Tensor | None, dtype: torch.dtype, signed: bool, loops: Loops) -> Tensor:
+    """The scales [rows] of one group, of weight [rows, columns] as compensated so far; no whitener is no clipping."""
+    if whitener is not None:
+        found = clipped_scale(weight, whitener, dtype, signed=signed, whitener=whitener, search=loops.best_scales)
+    elif signed:
+        found = stored_scale(signed_scale(weight), dtype)
+    else:
+        found = full_scale(weight, dtype)
+    return found.squeeze(1)
+
+
+def whiteners_of_groups(upper: Tensor, hessian: Tensor | None, columns: int) -> Tensor:
     """What each group's errors are judged with, float32 [groups, columns, columns]: V of `grid.clipped_scale`.
 
     All at once: one by one they would take longer than the search.

@@ -6,7 +6,7 @@ For a linear with weight W and inputs x the error of a quantized Q is tr((W−Q)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,53 +20,59 @@ _PANEL_ROWS = {"cuda": 1024, "cpu": 128}
 
 
 class Hessian:
-    """Sum of 2·x·xᵀ over tokens.
+    """Sum of 2·x·xᵀ over tokens, each with its weight.
 
     H is symmetric, so panels of rows are summed up to the end of their own diagonal block alone: nine sixteenths of the
     work for eight panels. `sum`, float32 [in_features, in_features], holds nothing beyond them; `mean` is all of H.
+    `tokens` is how many there were, `total` the sum of their weights, by which the mean is taken.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
+        self.total = 0.0
 
-    def add(self, inputs: Tensor, token_cap: float = 0.0) -> None:
+    def add(self, inputs: Tensor, token_cap: float = 0.0, weights: Tensor | None = None) -> None:
         """Accumulate inputs [..., in_features] of any float dtype; every vector is one token.
 
         On a GPU 16-bit inputs are multiplied as they are and summed in float32: their products are exact in float32,
         so that this loses nothing against casting first, and tensor cores do it.
 
         token_cap  above 0, a token's weight in the sum is limited as `token_weights` says, in float32.
+        weights    float32 [tokens] of any scale, in the sum and in its total; None is 1 for each.
         """
         vectors = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += vectors.shape[0]
-        if token_cap <= 0 and vectors.is_cuda and vectors.dtype in (torch.float16, torch.bfloat16):
+        self.total += _total(vectors, weights)
+        if weights is None and token_cap <= 0 and vectors.is_cuda and vectors.dtype in (torch.float16, torch.bfloat16):
             for start, stop in self._panels():
                 panel = self.sum[start:stop, :stop]
                 torch.addmm(panel, vectors[:, start:stop].t(), vectors[:, :stop], torch.float32, alpha=2.0, out=panel)
             return
         vectors = vectors.float()
-        weighted = vectors if token_cap <= 0 else vectors * token_weights(vectors, token_cap)[:, None]
+        weighted = _weighted(vectors, token_cap, weights)
         for start, stop in self._panels():
             self.sum[start:stop, :stop].addmm_(weighted[:, start:stop].t(), vectors[:, :stop], alpha=2.0)
 
     def fill_up(self, prior: Hessian, tokens: int) -> None:
         """Make up for the tokens missing to `tokens` with as many average ones of `prior`.
 
-        H = (n·H + (tokens − n)·H_prior) / tokens for n < tokens: shrinkage of a covariance that too few vectors
+        H = (n·H + (tokens − n)·H_prior) / tokens for n < tokens, a missing token weighing what those of this one do in
+        the mean: shrinkage of a covariance that too few vectors
         determine towards one that many do (Ledoit and Wolf, "A well-conditioned estimator for large-dimensional
         covariance matrices", 2004), here with a fixed weight.
         """
         missing = tokens - self.tokens
         if missing > 0:
-            self.sum += prior.mean() * missing
-            self.tokens = tokens
+            more = missing * (self.total / self.tokens if self.tokens else 1.0)
+            self.sum += prior.mean() * more
+            self.tokens, self.total = tokens, self.total + more
 
     def mean(self) -> Tensor:
-        """H, normalised by tokens. ValueError if no token has been seen."""
+        """H, normalised by the tokens' weights. ValueError if no token has been seen."""
         if self.tokens == 0:
             raise ValueError("no calibration token reached this layer")
-        mean = self.sum / self.tokens
+        mean = self.sum / self.total
         for start, stop in self._panels():
             mean[:start, start:stop] = mean[start:stop, :start].t()
         return mean
@@ -84,17 +90,18 @@ class Cross:
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
+        self.total = 0.0
 
-    def add(self, full: Tensor, arriving: Tensor, token_cap: float = 0.0) -> None:
+    def add(self, full: Tensor, arriving: Tensor, token_cap: float = 0.0, weights: Tensor | None = None) -> None:
         """full x and arriving x̃, [..., in_features] each, the same tokens; weighted as in `Hessian.add`."""
         x, y = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (full, arriving))
-        weighted = y if token_cap <= 0 else y * token_weights(y, token_cap)[:, None]
-        self.sum.addmm_((x - y).t(), weighted, alpha=2.0)
+        self.sum.addmm_((x - y).t(), _weighted(y, token_cap, weights), alpha=2.0)
         self.tokens += len(x)
+        self.total += _total(y, weights)
 
     def mean(self) -> Tensor:
-        """C, normalised by tokens."""
-        return self.sum / max(1, self.tokens)
+        """C, normalised by the tokens' weights."""
+        return self.sum / (self.total or 1.0)
 
 
 def token_weights(vectors: Tensor, cap: float) -> Tensor:
@@ -105,6 +112,28 @@ def token_weights(vectors: Tensor, cap: float) -> Tensor:
     """
     energy = vectors.float().square().sum(dim=-1)
     return (cap * energy.median() / energy.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
+
+
+def equal_samples(lengths: Sequence[int], copies: int, device: torch.device) -> Tensor:
+    """1/T for each token of samples of T tokens, one behind the other → float32 [copies·ΣT].
+
+    So a long document has no more say in H than a short one: the mean over documents of their own means, in the place
+    of the mean over tokens. copies  sequences of these lengths in a batch, one behind the other.
+    """
+    sizes = torch.tensor(lengths, dtype=torch.int64, device=device)
+    return (1 / sizes.float()).repeat_interleave(sizes).repeat(copies)
+
+
+def _total(vectors: Tensor, weights: Tensor | None) -> float:
+    return float(len(vectors)) if weights is None else float(weights.sum(dtype=torch.float64))
+
+
+def _weighted(vectors: Tensor, token_cap: float, weights: Tensor | None) -> Tensor:
+    """float32 vectors [tokens, in_features], each times its weight."""
+    if token_cap > 0:
+        capped = token_weights(vectors, token_cap)
+        weights = capped if weights is None else capped * weights
+    return vectors if weights is None else vectors * weights[:, None]
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 prepare  what all rows share: U of the damped Hessian, columns in order   (damp_percent, act_order)
 solve    target W* for the inputs that really arrive                      (correct_target)
          scales and codes by GPTQ                                         (clip, clip_hessian, signed_scales)
+         or by a K-best search in its place                               (beam_width)
          scales and codes again                                           (refine_sweeps)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from marlin_gptq.costs import Costs
 from marlin_gptq.quantization.gptq import gptq_quantize
 from marlin_gptq.quantization.grid import clipped_scale
 from marlin_gptq.quantization.hessian import damp, factor
+from marlin_gptq.quantization.kbest import kbest_quantize
 from marlin_gptq.quantization.loops import inner_loops
 from marlin_gptq.quantization.order import column_order, group_order, inverse_order
 from marlin_gptq.quantization.refine import refine
@@ -105,7 +108,7 @@ def _solve(
         # All scales first, from the weights as they are; then single columns by falling diagonal.
         with costs.measure("scales"):
             scales = static_scales(weight, prepared.inside, damped, prepared.group_size, config, scale_dtype)
-    with costs.measure("gptq"):
+    with costs.measure("gptq" if config.beam_width == 1 else "k-best search"):
         quantized = _gptq(weight, prepared, config, scale_dtype, scales)
     if config.refine_sweeps and damped is not None:
         with costs.measure("refine"):
@@ -116,10 +119,11 @@ def _solve(
 def _gptq(
     weight: Tensor, prepared: Prepared, config: QuantizationConfig, scale_dtype: torch.dtype, scales: Tensor | None
 ) -> QuantizedWeight:
-    """GPTQ with the columns in order; codes and scales back in their places."""
+    """GPTQ, greedy or with several beginnings of a row, with the columns in order; codes and scales back in place."""
     order, group_size = prepared.order, prepared.group_size
     columns = columns_per_group(weight.shape[1], group_size)
-    quantized = gptq_quantize(
+    search = gptq_quantize if config.beam_width == 1 else partial(kbest_quantize, width=config.beam_width)
+    quantized = search(
         weight if order is None else weight[:, order],
         prepared.upper,
         group_size=group_size,

@@ -21,10 +21,9 @@ from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.quantization.tunable import TunableWeight, clamp_
 from marlin_gptq.quantization.weight import QuantizedWeight
 from marlin_gptq.report import BlockRecord
+from marlin_gptq.tuning.block_memory import TUNED_TOKENS
 from marlin_gptq.tuning.end_to_end import BETAS, Rates, batches, learning_rate
 
-# Tokens of the samples that pass forward and backward together: a backward pass keeps all that was computed.
-TUNED_TOKENS = 4096
 # One in so many samples is kept aside to judge the result by.
 _JUDGED = 16
 # Steps between two reports of progress.
@@ -54,6 +53,7 @@ def tune_block(
     config: QuantizationConfig,
     target: torch.dtype,
     progress: Callable[[int], None] | None = None,
+    together: int = TUNED_TOKENS,
 ) -> TunedBlock:
     """`config.tune_block_steps` steps of Adam on ‖block(x) − block₀(x)‖² / ‖block₀(x) − x‖², of a few samples x each.
 
@@ -61,6 +61,7 @@ def tune_block(
     originals, parts  of its quantized linears, by full name: the weights before, and codes and scales as solved.
     inputs          of the block, all samples; one in 16, or the only one, is kept aside to judge by.
     target          the dtype in which norm weights are stored.
+    together        tokens of samples that pass the block together, unless one alone has more; 0 is one at a time.
 
     The block stays as it is. Samples come in an order given by the block's number, so that a run that is done again
     gives the same. The tuned block is to be kept only if its error on the samples kept aside is smaller, computed as
@@ -68,7 +69,7 @@ def tune_block(
     """
     prefix = f"{stream.block_name(index)}."
     own = {name: f"{name.removeprefix(prefix)}.weight" for name in parts}
-    samples = _Samples(stream, index, inputs)
+    samples = _Samples(stream, index, inputs, together)
     judged = list(range(0, len(samples), _JUDGED))
     learnt = [number for number in range(len(samples)) if number % _JUDGED] or judged
     before = _error({own[name]: part for name, part in parts.items()}, {}, samples, judged)
@@ -98,8 +99,8 @@ def summary(record: BlockRecord) -> str:
 class _Samples:
     """What passes the block: documents or, where they wait in batches, every window by itself; by number."""
 
-    def __init__(self, stream: BlockStream, index: int, inputs: Activations) -> None:
-        self.stream, self.index, self.inputs = stream, index, inputs
+    def __init__(self, stream: BlockStream, index: int, inputs: Activations, together: int) -> None:
+        self.stream, self.index, self.inputs, self.together = stream, index, inputs, together
         self.places = [(position, row) for position, (rows, _) in enumerate(inputs.shapes) for row in range(rows)]
 
     def __len__(self) -> int:
@@ -109,7 +110,7 @@ class _Samples:
         """(hidden states [1, ΣT, hidden_size], lengths) of those chosen that pass the block together."""
         places = [self.places[number] for number in chosen]
         lengths = [self.inputs.shapes[position][1] for position, _ in places]
-        for pack in self.stream.packs(self.index, [(1, length) for length in lengths], TUNED_TOKENS):
+        for pack in self.stream.packs(self.index, [(1, length) for length in lengths], self.together):
             parts = [self.inputs[position][row : row + 1] for position, row in places[pack.start : pack.stop]]
             yield torch.cat(parts, dim=1), tuple(lengths[pack.start : pack.stop])
 

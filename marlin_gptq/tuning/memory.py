@@ -13,7 +13,7 @@ _SCALE = 20
 # Tables of logits and workspaces of libraries.
 _CONSTANT = 3 << 30
 # Of the free memory, as allocators leave gaps.
-_SHARE = 0.9
+SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def plan(sizes: Sizes, *, batch: int, length: int, tune_codes: bool, free: int) 
     while micro >= 1:
         for checkpointing in (False, True):
             needed = fixed + activation_bytes(sizes, micro * length, checkpointing)
-            if needed <= _SHARE * free:
+            if needed <= SHARE * free:
                 return Plan(micro, checkpointing, needed)
         micro //= 2
     raise QuantizationError(

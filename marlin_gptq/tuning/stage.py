@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marlin_gptq.checkpoint import CheckpointWriter, TensorStore
+from marlin_gptq.checkpoint import TensorStore
+from marlin_gptq.checkpoint_writer import CheckpointWriter
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Costs
 from marlin_gptq.device_memory import free_bytes, give_back

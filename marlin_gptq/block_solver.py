@@ -1,0 +1,211 @@
+"""One block, quantized: its linears calibrated, solved, tuned if the recipe says so, and packed.
+
+Of a block, in the order things happen:
+    sum the Hessian of each distinct input of its linears over all samples    (modeling/observe.py)
+    solve each group of linears that share an input                           (group_solver.py)
+    if the recipe says so, tune what was solved by gradient                   (tuning/block.py)
+    pack what came of it                                                      (modeling/linear.py)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from marlin_gptq.distributed import share_out
+from marlin_gptq.estimates import Job, beside_bytes, hessian_passes, side_by_side
+from marlin_gptq.group_solver import GroupSolver, Solved
+from marlin_gptq.modeling.linear import pack
+from marlin_gptq.modeling.observe import Calibrated, Groups, collect_cross, collect_hessians, full_precision, stages
+from marlin_gptq.modeling.packed import Packed
+from marlin_gptq.quantization.hessian import Cross
+from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group
+from marlin_gptq.report import rescaled
+from marlin_gptq.run_state import RunState
+from marlin_gptq.tuning.block import summary, tune_block
+
+logger = logging.getLogger(__name__)
+# Bytes of a batch of solves from which on torch's unused memory is given back before: it takes milliseconds.
+_MUCH = 6_000_000_000
+
+
+@dataclass
+class BlockSolver:
+    """Quantizes one block of a run, which must have been entered.
+
+    linears    those to quantize, by full name.
+    samples    the block's inputs.
+    originals  weights from before, by full name, where they are needed once more.
+    parts      codes and scales of what is solved.
+    """
+
+    run: RunState
+    index: int
+    block: nn.Module
+    linears: dict[str, nn.Linear]
+    samples: Packed
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, QuantizedWeight] = field(default_factory=dict)
+    # Of the pass that is being solved: how its inputs differ from those of the full-precision stream.
+    crosses: dict[str, Cross] = field(default_factory=dict)
+
+    def quantize(self) -> dict[str, Tensor]:
+        """The block's tensors as they are to be written, by the names the model has for them.
+
+        The block has its quantized weights then, dequantized, but for method rtn.
+        """
+        run, config = self.run, self.run.config
+        run.report("calibrate", self.index, None, None)
+        if run.full is not None or config.tunes_blocks:
+            self.originals = {name: linear.weight.data for name, linear in self.linears.items()}
+        if config.method == "rtn":
+            self._solve([[name] for name in self.linears], Calibrated({}))
+        elif self.linears:
+            in_order = stages(run.stream, self.index, self.linears, self.samples.activations[0])
+            together = [[group for groups in in_order for group in groups]]
+            for stage in in_order if config.true_sequential else together:
+                self._solve_stage(stage)
+        with full_precision({name: self.linears[name] for name in self.originals}, self.originals):
+            run.advance_full(self.index, self.samples.packs)
+        if config.tunes_blocks and self.linears:
+            self._tune()
+        return self._tensors()
+
+    def _solve_stage(self, stage: Groups) -> None:
+        """Calibrate and solve these groups, and put what came of it into the block."""
+        solved: list[str] = []
+        for groups in self._passes(stage):
+            found = self._calibrate(groups)
+            self._solve(groups, found)
+            solved += [name for group in groups for name in group]
+        self._replace_weights(solved)  # now, not earlier, so that every pass of a stage sees the same
+
+    def _passes(self, stage: Groups) -> list[Groups]:
+        """The groups of a stage in as many passes as their Hessians' memory asks for."""
+        by_name = {group[0]: group for group in stage}
+        sizes = [(name, self.linears[name].in_features) for name in by_name]
+        return [[by_name[name] for name in names] for names in hessian_passes(sizes, self.run.plan.hessian_bytes)]
+
+    def _calibrate(self, groups: Groups) -> Calibrated:
+        run = self.run
+        weighing = run.config.token_cap, run.config.equal_samples
+        with run.costs.measure("hessians"):
+            found = collect_hessians(
+                run.stream, self.index, groups, self.linears, self.samples, run.team.add_up, *weighing
+            )  # fmt: skip
+        self._warn_of_starved(found)
+        if run.full is not None:
+            with run.costs.measure("correct target"):
+                full = Packed(run.full, self.samples.packs)
+                self.crosses = collect_cross(
+                    run.stream, self.index, groups, self.linears, self.originals, self.samples, full, run.team.add_up,
+                    *weighing,
+                )  # fmt: skip
+        return found
+
+    def _solve(self, groups: Groups, calibrated: Calibrated) -> None:
+        """Solve the groups, each in one process of the team, and note their codes, scales and records in all."""
+        run = self.run
+        owners = share_out([_cost(group, self.linears) for group in groups], run.team.size)
+        own = [group for group, owner in zip(groups, owners, strict=True) if owner == run.team.rank]
+        solver = GroupSolver(
+            self.index, self.linears, calibrated, self.crosses, run.config, run.target, run.plan.rows, run.costs,
+            self._told,
+        )  # fmt: skip
+        solved: dict[str, Solved] = {}
+        job = Job.of(run.config, 0, 0, 2, 0)
+        shapes = [(group, _shape(group, self.linears)) for group in own]
+        for together in side_by_side(shapes, run.plan.side_by_side, job):
+            self._make_room(sum(beside_bytes(_shape(group, self.linears), job) for group in together))
+            solved |= solver.solve(together)
+        run.solved = 0
+        for group, owner in zip(groups, owners, strict=True):
+            own_parts, records = solved.pop(group[0], ({}, []))
+            run.records += run.team.object_from(owner, records)
+            for name in group:
+                self.parts[name] = self._part_from(owner, own_parts.get(name), name)
+
+    def _part_from(self, owner: int, part: QuantizedWeight | None, name: str) -> QuantizedWeight:
+        run, linear = self.run, self.linears[name]
+        group_size = run.config.group_size_of(name)
+        if part is None:
+            groups = linear.in_features // columns_per_group(linear.in_features, group_size)
+            codes = torch.empty(linear.weight.shape, dtype=torch.uint8, device=linear.weight.device)
+            scales = torch.empty(linear.out_features, groups, dtype=run.target, device=linear.weight.device)
+            part = QuantizedWeight(codes, scales, None, group_size)
+        codes, scales = (run.team.tensor_from(owner, tensor) for tensor in (part.codes, part.scales))
+        return QuantizedWeight(codes, scales, None, group_size)
+
+    def _replace_weights(self, names: Iterable[str]) -> None:
+        for name in names:
+            linear = self.linears[name]
+            weight = self.parts[name].dequantize().to(linear.weight.dtype)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _tune(self) -> None:
+        """Tune the block by itself; if that helped, `parts`, the block's weights and its records are the tuned ones."""
+        run, steps = self.run, self.run.config.tune_block_steps
+        with run.costs.measure("tune blocks"), full_precision(self.linears, self.originals):
+            tuned = tune_block(
+                run.stream, self.index, self.originals, self.parts, self.samples.activations, run.config, run.target,
+                lambda step: run.report("tune block", self.index, None, None, f"tuning, step {step} of {steps}"),
+                run.plan.tuned_tokens,
+            )  # fmt: skip
+        run.tuned.append(tuned.record)
+        run.report("tune block", self.index, None, tuned.record.error_after, summary(tuned.record))
+        if not tuned.record.kept:
+            return
+        self.parts |= tuned.parts
+        for name, weight in tuned.norms.items():
+            self.block.get_parameter(name).data.copy_(weight)
+        self._replace_weights(self.parts)
+        run.records = [rescaled(one, self.parts[one.name]) if one.name in self.parts else one for one in run.records]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        packed: dict[str, Tensor] = {}
+        with self.run.costs.measure("pack"):
+            for name, part in self.parts.items():
+                packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
+        prefix = self.run.stream.block_name(self.index)
+        kept = {
+            name: self.run.stored(name, tensor)
+            for name, tensor in ((f"{prefix}.{own}", tensor) for own, tensor in self.block.state_dict().items())
+            if name.removesuffix(".weight") not in self.linears
+        }
+        return kept | packed
+
+    def _make_room(self, size: int) -> None:
+        """Before work on gigabytes: what torch keeps for the next forward would stand beside it, in other pieces."""
+        if size > _MUCH and self.run.stream.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _told(self, name: str, error: float) -> None:
+        self.run.solved += 1
+        self.run.report("quantize", self.index, name, error)
+
+    def _warn_of_starved(self, found: Calibrated) -> None:
+        if found.filled and self.run.team.leads:
+            few = ", ".join(f"{name} {found.tokens[name]}" for name in sorted(found.filled)[:4])
+            logger.warning(
+                "%d of %d groups of linears are experts' that saw fewer tokens than they have input features (%s%s): "
+                "other tokens of their layer fill their Hessians up; more calibration text helps",
+                len(found.filled),
+                len(found.hessians),
+                few,
+                ", …" if len(found.filled) > 4 else "",
+            )
+
+
+def _cost(group: list[str], linears: dict[str, nn.Linear]) -> float:
+    """Of solving a group, in multiplications: its factor, and the search and updates of its rows."""
+    rows, features = _shape(group, linears)
+    return 2 * features**3 + rows * features * (features / 2 + 10_000)
+
+
+def _shape(group: list[str], linears: dict[str, nn.Linear]) -> tuple[int, int]:
+    """Of the weight of a group, its linears stacked: (out_features, in_features)."""
+    return sum(linears[name].out_features for name in group), linears[group[0]].in_features

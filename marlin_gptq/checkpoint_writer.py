@@ -1,0 +1,207 @@
+"""Checkpoint directories written, so that no half of one is ever left."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from marlin_gptq.disk import to_disk
+from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.model_directory import SAFETENSORS_INDEX, require_inside
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+class CheckpointWriter:
+    """Writes a directory under a temporary name beside `output` and renames it at the end.
+
+    with CheckpointWriter(output, shard_size=10**9, overwrite=False) as writer:
+        writer.add("model.norm.weight", tensor)    # goes to a shard whenever shard_size bytes are waiting
+        writer.write_text("config.json", "…")
+        writer.finish()
+
+    Leaving without `finish`, by an exception or otherwise, removes the temporary directory: what stood under
+    `output` before stays as it was. A full disk is a CheckpointError that says how much was asked for.
+
+    A shard is written and synced by a thread while the next one fills, so that up to two of them are in memory. What
+    goes wrong in the thread is raised by the next `add`, `drain` or `finish`; the thread ends with the `with` block.
+
+    A killed process leaves its temporary directory behind. With `run`, the name of a run that may be resumed, the
+    next writer of that run removes it, and puts back what stood under `output` if it was killed between two renames.
+    """
+
+    def __init__(self, output: Path, *, shard_size: int, overwrite: bool, run: str | None = None) -> None:
+        self._run = run
+        if run is not None:
+            tidy_up(output, run)
+        if output.exists() and not overwrite:
+            raise InputError(f"{output}: exists already; give another output or --overwrite")
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output}: exists and is not a directory; give another output")
+        self.output = output
+        self.shard_size = shard_size
+        self._waiting: dict[str, Tensor] = {}
+        self._waiting_bytes = 0
+        self._shards: list[list[str]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-shard")
+        self._writing: Future[None] | None = None
+        self._staging = torch.empty(0, dtype=torch.uint8)
+        self.total_bytes = 0
+        try:
+            output.absolute().parent.mkdir(parents=True, exist_ok=True)
+            self.directory = self._beside(output, "partial")
+        except OSError as error:
+            raise InputError(f"{output}: cannot be created there ({error.strerror})") from error
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._thread.shutdown(cancel_futures=True)  # waits for the shard that is being written
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Queue one tensor; it is copied to the CPU."""
+        if self._writing is not None and self._writing.done():
+            self._settle()
+        size = tensor.numel() * tensor.element_size()
+        if self._waiting and self._waiting_bytes + size > self.shard_size:
+            self._flush()
+        self._waiting[name] = self._copied(tensor.detach())
+        self._waiting_bytes += size
+        self.total_bytes += size
+
+    def write_text(self, name: str, text: str) -> None:
+        with self._full_disk_named(len(text)):
+            (self.directory / name).write_text(text, encoding="utf-8")
+
+    def copy_companions(self, source: Path, leave: tuple[str, ...]) -> None:
+        """Copy the small files of a model directory (tokenizer, generation_config, …), not weights, not `leave`."""
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.name not in leave and not file.name.endswith(_WEIGHT_SUFFIXES):
+                require_inside(source, file.name)
+                with self._full_disk_named(file.stat().st_size):
+                    shutil.copyfile(file, self.directory / file.name)
+
+    def drain(self) -> None:
+        """Everything added so far is in its shard, and on the disk."""
+        self._flush()
+        self._settle()
+
+    def finish(self, ready: Callable[[Path], None] | None = None) -> None:
+        """Write what waits, name the shards, and put the directory in its place in one rename.
+
+        `ready` is called with the complete directory right before that.
+        """
+        self.drain()
+        self._name_shards()
+        # mkdtemp and safetensors make private files; the checkpoint gets the rights any new file has here.
+        mask = os.umask(0)
+        os.umask(mask)
+        self.directory.chmod(0o777 & ~mask)
+        for file in self.directory.iterdir():
+            file.chmod(0o666 & ~mask)
+            to_disk(file)
+        to_disk(self.directory)
+        if ready is not None:
+            ready(self.directory)
+        if self.output.exists():
+            old = self._beside(self.output, "old")
+            self.output.rename(old / self.output.name)
+            self.directory.rename(self.output)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            self.directory.rename(self.output)
+
+    def _beside(self, output: Path, kind: str) -> Path:
+        """A new directory in that of `output`: of the name this run always uses, if it has one."""
+        if self._run is None:
+            return Path(tempfile.mkdtemp(prefix=f".{output.name}.{kind}-", dir=output.absolute().parent))
+        made = output.absolute().parent / f".{output.name}.{kind}-{self._run}"
+        made.mkdir(mode=0o700)
+        return made
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        """In host memory of its own; from a GPU by way of page-locked memory, because pageable copies crawl."""
+        if tensor.device.type != "cuda":
+            return tensor.to("cpu", copy=tensor.device.type == "cpu").contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if self._staging.numel() < size:
+            self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        staged = self._staging[:size].view(tensor.dtype).view(tensor.shape)
+        return staged.copy_(tensor).clone()
+
+    def _flush(self) -> None:
+        """Hand what waits to the thread, once that is done with the shard before."""
+        if not self._waiting:
+            return
+        self._settle()
+        shard = self.directory / f"shard-{len(self._shards)}.safetensors"
+        self._shards.append(list(self._waiting))
+        self._writing = self._thread.submit(self._write_shard, shard, self._waiting, self._waiting_bytes)
+        self._waiting, self._waiting_bytes = {}, 0
+
+    def _settle(self) -> None:
+        """Wait for the shard that is being written; what went wrong there is raised here."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write_shard(self, shard: Path, tensors: dict[str, Tensor], size: int) -> None:
+        with self._full_disk_named(size):
+            save_file(tensors, shard, metadata={"format": "pt"})
+            to_disk(shard)
+
+    def _name_shards(self) -> None:
+        count = len(self._shards)
+        if count == 1:
+            (self.directory / "shard-0.safetensors").rename(self.directory / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for position, names in enumerate(self._shards):
+            file = f"model-{position + 1:05d}-of-{count:05d}.safetensors"
+            (self.directory / f"shard-{position}.safetensors").rename(self.directory / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        self.write_text(SAFETENSORS_INDEX, json.dumps(index, indent=1) + "\n")
+
+    @contextmanager
+    def _full_disk_named(self, size: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            number = getattr(error, "errno", None)
+            text = str(error)
+            if number == errno.ENOSPC or "No space left" in text or "os error 28" in text:
+                free = shutil.disk_usage(self.directory).free
+                raise CheckpointError(
+                    f"{self.output.absolute().parent}: the disk is full: {size / 1e6:.1f} MB were to be written and "
+                    f"{free / 1e6:.1f} MB are free; make room or choose another output"
+                ) from error
+            raise CheckpointError(f"{self.output}: cannot be written ({error})") from error
+
+
+def tidy_up(output: Path, run: str) -> None:
+    """After a kill of the run of that name: what stood under `output` back in its place, leftovers away."""
+    partial, old = (output.absolute().parent / f".{output.name}.{kind}-{run}" for kind in ("partial", "old"))
+    if (old / output.name).exists() and not output.exists():
+        (old / output.name).rename(output)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)

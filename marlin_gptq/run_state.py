@@ -1,0 +1,70 @@
+"""What all the blocks of one quantization share: the model, the recipe, the plan, and what was found so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.costs import Costs
+from marlin_gptq.distributed import Team
+from marlin_gptq.estimates import Plan
+from marlin_gptq.modeling.activations import Activations
+from marlin_gptq.modeling.architecture import require_finite
+from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.modeling.packed import Packed
+from marlin_gptq.report import BlockRecord, LinearRecord, ProgressEvent
+
+
+@dataclass
+class RunState:
+    """What every block of one quantization shares.
+
+    stream, config   the model and the recipe; target is the dtype of the result.
+    total            linears to quantize, for progress.
+    plan, disk       how the run keeps within its memory, and where activations go that wait in a file.
+    records, tuned   of the linears and blocks that are done.
+    solved           linears that this process has solved and `records` does not have yet.
+    full             with correct_target the samples after full-precision blocks, else None.
+    """
+
+    stream: BlockStream
+    config: QuantizationConfig
+    target: torch.dtype
+    total: int
+    progress: Callable[[ProgressEvent], None] | None
+    plan: Plan
+    disk: Path
+    team: Team
+    costs: Costs
+    records: list[LinearRecord] = field(default_factory=list)
+    tuned: list[BlockRecord] = field(default_factory=list)
+    solved: int = 0
+    full: Activations | None = None
+
+    def report(self, stage: str, block: int, linear: str | None, error: float | None, note: str = "") -> None:
+        if self.progress is not None:
+            done = min(self.total, len(self.records) + self.solved * self.team.size)
+            self.progress(ProgressEvent(stage, block, self.stream.n_blocks, linear, done, self.total, error, note))
+
+    def stored(self, name: str, tensor: Tensor) -> Tensor:
+        """Floats in the dtype of the result; QuantizationError where they overflow it."""
+        if not tensor.is_floating_point():
+            return tensor
+        require_finite(name, tensor, "the checkpoint is damaged")
+        cast = tensor.to(self.target)
+        if cast.dtype != tensor.dtype:
+            require_finite(name, cast, f"they overflow {self.target}; use --dtype bfloat16")
+        return cast
+
+    def advance_full(self, index: int, packs: list[range]) -> None:
+        """The full-precision stream through block `index`, which must have its own weights now."""
+        if self.full is None or index + 1 == self.stream.n_blocks:
+            return
+        with self.costs.measure("correct target"):
+            Packed(self.full, packs).advance(partial(self.stream.run, index))

@@ -1,0 +1,56 @@
+"""What the tuning of one block takes of the device. Pure functions of an `Outline`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from marlin_gptq.modeling.outline import BlockOutline, Outline
+from marlin_gptq.quantization.weight import columns_per_group
+from marlin_gptq.tuning.memory import Sizes, fixed_bytes
+
+# Tokens of the samples that pass forward and backward together, where memory allows: a backward pass keeps all that was
+# computed.
+TUNED_TOKENS = 4096
+# Values per token and channel that a block's backward pass keeps or makes, of float32 and of the computing dtype.
+# Measured on a CPU, never on a GPU: three runs took 0.8 to 1.1 times what is counted with them.
+BACKWARD_HIDDEN, BACKWARD_INNER = 18, 8
+
+
+@dataclass(frozen=True)
+class TunedBlocks:
+    """The tuning of each block by itself (tuning/block.py).
+
+    steps, step_tokens  how many, and tokens in each; moving: whether codes move too.
+    sequence            tokens of the longest sample, or window, that attention sees.
+    """
+
+    steps: int
+    step_tokens: int
+    moving: bool
+    sequence: int
+
+
+def tuning_bytes(
+    outline: Outline, block: BlockOutline, tuned: TunedBlocks, tokens: int, together: int, compute_bytes: int
+) -> int:
+    """Of tuning one block, beside its weights before and after they were solved.
+
+    tokens    of the calibration text in all.
+    together  of the samples that pass the block together, unless one alone has more.
+    """
+    widest = max(max(x.in_features, x.out_features) for x in block.linears)
+    sizes = Sizes(
+        weights=sum(x.in_features * x.out_features for x in block.quantized),
+        others=0,
+        group_size=min(columns_per_group(x.in_features, x.group_size or -1) for x in block.quantized),
+        blocks=1,
+        hidden_size=outline.hidden,
+        intermediate_size=widest,
+    )
+    pack = min(tokens, max(tuned.sequence, together))
+    values = pack * (4 * BACKWARD_HIDDEN * outline.hidden + compute_bytes * BACKWARD_INNER * widest)
+    scores = outline.heads * tuned.sequence * 4 * (pack + 2 * tuned.sequence)  # of all samples, and what makes one's
+    gradient = (4 + compute_bytes) * max(x.in_features * x.out_features for x in block.quantized)
+    samples = 2 * tuned.step_tokens * outline.hidden * compute_bytes
+    dequantized = sizes.weights * compute_bytes
+    return fixed_bytes(sizes, tuned.moving) + dequantized + values + scores + gradient + samples

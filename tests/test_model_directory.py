@@ -1,0 +1,53 @@
+"""model_directory.py: what is a model directory and what is not, from here and from the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.model_directory import read_json, resolve_model
+
+
+def test_read_json_wants_an_object(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="missing"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="got a JSON list, expected an object"):
+        read_json(tmp_path / "config.json")
+
+
+def test_models_that_do_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        resolve_model(str(tmp_path))
+    for name in ("/no/such/place", "./nowhere", "a/b/c", ""):
+        with pytest.raises(InputError, match="no such directory; give a model directory or a hub id"):
+            resolve_model(name)
+    with pytest.raises(InputError, match="not in the local cache of the hub; run once without --offline"):
+        resolve_model("nobody/nothing", offline=True)
+    with pytest.raises(InputError, match="no such directory and no hub id"):
+        resolve_model("a b/c", offline=True)
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
+def test_hub_models_fetch_legacy_weights_only_where_there_are_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def snapshot_download(model: str, **options: object) -> str:
+        asked.append(options["allow_patterns"])
+        assert (model, options["revision"], options["local_files_only"]) == ("owner/name", "v2", False)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert resolve_model("owner/name", revision="v2") == tmp_path
+    assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, True]
+    asked.clear()
+    save_file({"t": torch.zeros(1)}, tmp_path / "model.safetensors")
+    resolve_model("owner/name", revision="v2")
+    assert len(asked) == 1
