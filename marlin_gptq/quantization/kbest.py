@@ -21,7 +21,7 @@ from marlin_gptq.quantization.loops import inner_loops
 from marlin_gptq.quantization.weight import QuantizedWeight
 
 # Codes that a kept beginning tries for its next column. A third one lies a step from the weight or more; it changed the
-# loss of random layers by 0.1 % or less.
+# loss of random layers by 0.25 % at most, mostly by less than 0.1 %.
 PROPOSALS = 2
 
 
