@@ -4,6 +4,7 @@ Memory is the largest of a run's phases, each the sum of what is then alive; the
 
     embed      embedding table + activations
     forward    block + Hessians being summed + what the largest pack of samples needs on its way through the block
+               (and, as long as a block is solved in stages, what waits inside it for the next)
     factor     block + Hessians + the matrices that one factorisation works on
     solve      block + Hessians + factor + copies of one stacked weight + scratch of the clipping search in plain torch
                (the fused loops of a GPU need less of it); where several are solved side by side, of all of them
@@ -134,6 +135,7 @@ class Plan:
     rows          of a stacked weight solved at once; None is all of them.
     pack_tokens   of samples that pass a block together, unless one alone has more; 0 is one sample at a time.
     side_by_side  bytes that weights solved at the same time may take; 0 is one after the other.
+    staged        true-sequential calibration goes through a block once; what it keeps meanwhile waits on the device.
     """
 
     place: str = "device"
@@ -141,6 +143,7 @@ class Plan:
     rows: int | None = None
     pack_tokens: int = PACK_TOKENS
     side_by_side: int = 0
+    staged: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,19 @@ def activation_bytes(outline: Outline, job: Job) -> int:
     return streams(job) * job.tokens * outline.hidden * job.compute_bytes
 
 
+def staged_bytes(outline: Outline, job: Job) -> int:
+    """What a true-sequential run in stages keeps inside a block, at most: the output of attention and the inputs of the
+    down projections (modeling/staged.py), of experts those of all that a token chooses."""
+    widths = [0]
+    for block in outline.blocks:
+        dense = max((x.in_features for x in block.quantized if not x.expert), default=0)
+        downs = [x for x in block.quantized if x.expert and x.out_features == outline.hidden]
+        inner = max((x.in_features for x in downs), default=0) * outline.experts_per_token
+        shared = outline.hidden if _experts(block) else 0  # what an expert for all tokens returns
+        widths.append(outline.hidden + shared + max(dense, inner))
+    return streams(job) * job.tokens * max(widths) * job.compute_bytes
+
+
 def ahead_bytes(outline: Outline, job: Job) -> int:
     """The largest block as it waits in host memory, read before its turn; 16 bits a weight are reckoned with."""
     return max((block.parameters for block in outline.blocks), default=0) * job.stored_bytes
@@ -204,6 +220,7 @@ def ahead_bytes(outline: Outline, job: Job) -> int:
 def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
     """Peak of a run under a plan. On a CPU device and host are one memory: add the two."""
     kept = activation_bytes(outline, job) if plan.place == "device" else 0
+    inside = staged_bytes(outline, job) if plan.staged and job.true_sequential else 0
     table = max((prod(shape) for _, shape in outline.outer), default=0)
     phases = [("embed", 0, kept + table * job.compute_bytes)] if job.tokens else []
     for index, block in enumerate(outline.blocks):
@@ -211,7 +228,8 @@ def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
         codes = sum(linear.in_features * linear.out_features for linear in block.quantized)
         # As they were before, to go on in full precision or to learn from.
         weights += codes * job.compute_bytes if job.corrected or job.tuned else 0
-        phases += [(phase, index, kept + weights + codes + size) for phase, size in _phases(outline, block, job, plan)]
+        for phase, size in _phases(outline, block, job, plan):
+            phases.append((phase, index, kept + weights + codes + size + (inside if phase != "tune" else 0)))
     phase, index, device = max(phases, key=lambda entry: entry[2])
     waiting = min(2 * max(job.shard_size, table * job.stored_bytes), output_bytes(outline, job.stored_bytes))
     host = waiting + ahead_bytes(outline, job) + (activation_bytes(outline, job) if plan.place == "host" else 0)
@@ -233,14 +251,17 @@ def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None
     """The least frugal plan whose device memory stays within `limit` bytes.
 
     spill  "none" keeps activations on the device, "host" and "disk" put them there, None decides.
-    Gives up speed in this order: activations wait in host memory; weights are solved in pieces of rows; Hessians are
-    summed in several passes; each step is tried with packs of samples, then with one sample at a time. InputError with
-    the least that would do, if nothing fits.
+    Gives up speed in this order: true-sequential calibration begins at a block's start each time instead of going on in
+    stages; activations wait in host memory; weights are solved in pieces of rows; Hessians are summed in several
+    passes; each step is tried with packs of samples, then with one sample at a time. InputError with the least that
+    would do, if nothing fits.
     """
     places = {"none": ["device"], "host": ["host"], "disk": ["disk"], None: ["device", "host"]}[spill]
     largest = max((x.in_features for block in outline.blocks for x in block.quantized), default=0) ** 2 * 4
     plans = [Plan(place) for place in places]
     frugal = plans[-1]
+    if job.true_sequential and plans[0].place == "device":
+        plans.insert(0, replace(plans[0], staged=True))
     plans += [replace(frugal, rows=rows) for rows in (8192, 2048)]
     plans += [
         replace(frugal, rows=rows, hessian_bytes=size) for rows, size in ((2048, 2 * largest), (2048, 1), (512, 1))
@@ -298,16 +319,19 @@ def beside_bytes(shape: tuple[int, int], job: Job) -> int:
     return (BESIDE_SQUARES + _beside_solve(job)) * 4 * features**2 + BESIDE_WEIGHTS * rows * features
 
 
-def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float) -> float:
-    """Rough time of a run, loading and saving aside.
+def seconds(
+    outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float, staged: bool = False
+) -> float:
+    """Rough time of a run, loading and saving aside; `staged` as in its plan.
 
     From two rates of the device: multiplications of a large matrix product, and weights that the clipping search tries
-    at one ratio. Counted are two passes of all tokens (calibrate, then the quantized block), the Hessians of the
-    distinct inputs, their factors, GPTQ's trailing updates, and the clipping search, with what the techniques of the
-    recipe add to them; OTHER_WORK stands for the rest.
+    at one ratio. Counted are two passes of all tokens (calibrate, then the quantized block; in stages they are one),
+    the Hessians of the distinct inputs, their factors, GPTQ's trailing updates, and the clipping search, with what the
+    techniques of the recipe add to them; OTHER_WORK stands for the rest.
     """
     products, tried = 0.0, 0.0
-    passes = 5 if job.corrected else 2  # of all tokens
+    # Of all tokens: without and with a corrected target. Those of true-sequential calibration are counted for a Llama.
+    passes = ((1, 2) if staged else (2.3, 5.5) if job.true_sequential else (2, 5))[job.corrected]
     candidates = len(CLIP_RATIOS) * job.clip * (3 if job.signed else 1)
     updates = 0.5 + 4 * job.sweeps + 2 * job.corrected  # products of a weight with a matrix like the Hessian
     factors = 3 if job.act_order == "columns" else 2
@@ -332,7 +356,8 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     """(phase, bytes beside weights, activations and packed tensors) of one block."""
     widest = max((max(x.in_features, x.out_features) for x in block.linears), default=0)
     inputs = _inputs(block)
-    passes = hessian_passes(inputs, plan.hessian_bytes)
+    stages = _stages(block, job)
+    passes = [names for stage in stages for names in hessian_passes(stage, plan.hessian_bytes)]
     sizes = {name: features * features * 4 for name, features in inputs}
     hessians = max((sum(sizes[name] for name in names) for names in passes), default=0) if job.tokens else 0
     hessians *= 2 if job.corrected else 1
@@ -340,7 +365,7 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     per_token = (FORWARD_HIDDEN * outline.hidden + FORWARD_INNER * widest) * job.compute_bytes
     per_token += inner * 4 if job.compute_bytes != 4 else 0  # inputs of a Hessian as float32
     if job.corrected:  # all inputs, of the quantized and of the full-precision model, and those of one as float32
-        per_token += 2 * sum(features for _, features in inputs) * job.compute_bytes
+        per_token += 2 * max(sum(features for _, features in stage) for stage in stages) * job.compute_bytes
         per_token += inner * 4 * (1 if job.compute_bytes == 4 else 3)
     yield "forward", hessians + max(job.longest, min(job.tokens, plan.pack_tokens)) * per_token
     for name, features in inputs:
@@ -351,9 +376,10 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
         rows = min(stacked, plan.rows or stacked)
         factored = (2 + _beside_solve(job)) * square if job.tokens else 0
         yield "solve", hessians + factored + _solve_bytes(block, name, stacked, rows, features, job)
-    shapes = [(sum(x.out_features for x in block.quantized if x.input == name), features) for name, features in inputs]
-    for batch in side_by_side([(shape, shape) for shape in shapes], plan.side_by_side, job) if job.tokens else ():
-        yield "solve", hessians + (len(batch) > 1) * sum(beside_bytes(shape, job) for shape in batch)
+    for stage in stages if job.tokens else ():
+        shapes = [(sum(x.out_features for x in block.quantized if x.input == name), width) for name, width in stage]
+        for batch in side_by_side([(shape, shape) for shape in shapes], plan.side_by_side, job):
+            yield "solve", hessians + (len(batch) > 1) * sum(beside_bytes(shape, job) for shape in batch)
     if job.tuned is not None and block.quantized:
         yield "tune", _tune_bytes(outline, block, job, job.tuned)
 
@@ -405,6 +431,19 @@ def _solve_bytes(block: BlockOutline, name: str, stacked: int, rows: int, featur
 def _inputs(block: BlockOutline) -> list[tuple[str, int]]:
     """(input, features) of the distinct inputs of a block's quantized linears."""
     return list({x.input: x.in_features for x in block.quantized}.items())
+
+
+def _stages(block: BlockOutline, job: Job) -> list[list[tuple[str, int]]]:
+    """`_inputs`, those together whose Hessians are summed before any is solved."""
+    inputs = _inputs(block)
+    if not job.true_sequential:
+        return [inputs]
+    experts = {x.input for x in block.quantized if x.expert}
+    by_width: dict[int, list[tuple[str, int]]] = {}  # of experts: all gate and up projections, all down projections
+    for name, features in inputs:
+        if name in experts:
+            by_width.setdefault(features, []).append((name, features))
+    return [[entry] for entry in inputs if entry[0] not in experts] + list(by_width.values()) or [[]]
 
 
 def _experts(block: BlockOutline) -> int:

@@ -29,6 +29,7 @@ from marlin_gptq.estimates import (
     plan_within,
     seconds,
     side_by_side,
+    staged_bytes,
     stored_tensors,
 )
 from marlin_gptq.modeling.outline import outline
@@ -92,7 +93,9 @@ torch.set_num_threads(1)
 source, count, length, method = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 techniques = dict(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1)
 blocks = dict(tune_block_steps=2, tune_codes=True)
-gptq, more = method != "rtn", {"techniques": techniques, "blocks": blocks}.get(method, {})
+sequential = {"true_sequential": True}
+more = {"techniques": techniques, "blocks": blocks, "sequential": sequential, "both": sequential | techniques}
+gptq, more = method != "rtn", more.get(method, {})
 config = QuantizationConfig(method="gptq" if gptq else "rtn", clip=False, **more)
 found = outline(source, config)
 before = resident_bytes()
@@ -101,7 +104,7 @@ job = Job.of(config, *((count * length, length) if gptq else (0, 0)), 4, 10**7)
 samples = [torch.randint(0, 90, (length,)) for _ in range(count)]
 quantize_model(source, Path(sys.argv[5]), config, samples, device=torch.device("cpu"), shard_size=10**7)
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(before, peak, memory_on_cpu(found, job, Plan()))
+print(before, peak, memory_on_cpu(found, job, Plan(staged=config.true_sequential)))
 """
 
 
@@ -136,6 +139,9 @@ def test_memory_of_a_measured_run(tmp_path: Path) -> None:
         ({"hidden_size": 1024, "intermediate_size": 2816}, 8, 1024, "blocks"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 32, 64, "blocks"),
         ({"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 64000}, 64, 1024, "techniques"),
+        ({"hidden_size": 512, "intermediate_size": 1408}, 64, 1024, "sequential"),
+        ({"hidden_size": 1024, "intermediate_size": 2816}, 16, 256, "sequential"),
+        ({"hidden_size": 768, "intermediate_size": 2048}, 8, 1024, "both"),
     ],
 )
 def test_memory_of_larger_measured_runs(tmp_path: Path, shape: dict, count: int, length: int, method: str) -> None:
@@ -197,6 +203,40 @@ def test_plans_give_up_speed_in_their_order(tmp_path: Path) -> None:
         plan_within(found, job, 10**9)
     with pytest.raises(InputError, match="or --spill host"):
         plan_within(found, job, 10**9, "none")
+
+
+def test_what_stages_keep_is_given_up_first(tmp_path: Path) -> None:
+    """Attention's output and the inputs of down, of every token; of experts the inputs of all that a token chooses."""
+    found = outline(config_only(tmp_path / "model", **SEVEN_B), QuantizationConfig())
+    job = Job(256_000, 4096, 2, 10**9, true_sequential=True)
+    kept = 256_000 * (4096 + 11008) * 2
+    assert staged_bytes(found, job) == kept and staged_bytes(found, replace(job, corrected=True)) == 2 * kept
+    staged, plain = (memory(found, job, Plan(staged=staged)).device for staged in (True, False))
+    assert staged == plain + kept
+    assert plain < memory(found, replace(job, true_sequential=False), Plan()).device, "one Hessian at a time"
+    assert plan_within(found, job, staged) == Plan(staged=True)
+    assert plan_within(found, job, plain) == Plan()
+    assert plan_within(found, job, staged, "host") == Plan("host")
+    assert seconds(found, job, 1e12, 1e12, staged=True) < seconds(found, job, 1e12, 1e12)
+    experts = save_tiny_model(tmp_path / "experts", "mixtral", **EXPERT_MODELS["mixtral"])
+    assert staged_bytes(outline(experts, QuantizationConfig()), job) == 256_000 * (128 + 128 + 2 * 128) * 2
+
+
+def test_stages_are_run_where_half_of_what_is_free_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = config_only(tmp_path / "model", **SEVEN_B)
+    config = QuantizationConfig(true_sequential=True)
+    job = Job.of(config, 256_000, 4096, 2, 10**9)
+    both = 256_000 * (4096 + 4096 + 11008) * 2
+
+    def plan(free: int, spill: str | None = None, job: Job = job, device: str = "cuda") -> Plan:
+        monkeypatch.setattr(pipeline, "free_bytes", lambda _: free)
+        return replace(pipeline._plan(model, config, job, torch.device(device), spill, None), side_by_side=0)
+
+    assert plan(2 * both + 2) == plan(2 * both + 2, "none") == Plan(staged=True)
+    assert plan(2 * both) == plan(2 * both, "none") == Plan()
+    assert plan(10**9) == plan(10**12, "host") == Plan("host") and plan(10**12, "disk") == Plan("disk")
+    assert not plan(10**12, job=replace(job, true_sequential=False)).staged
+    assert plan(0, device="cpu") == Plan(staged=True) and plan(0, "disk", device="cpu") == Plan("disk")
 
 
 def test_samples_pass_alone_where_a_pack_would_not_fit(tmp_path: Path) -> None:
