@@ -67,12 +67,14 @@ def estimate(
     def job(compute_bytes: int) -> Job:
         return Job.of(config, tokens, longest, compute_bytes, shard_size)
 
-    plan = Plan("device" if spill in (None, "none") else spill, side_by_side=SIDE_BY_SIDE)
+    place = "device" if spill in (None, "none") else spill
+    plan = Plan(place, side_by_side=SIDE_BY_SIDE, staged=config.true_sequential and place == "device")
     if limit is not None:
         plan = plan_within(made, job(2), limit, spill)
     gpu = memory(made, job(2), plan)
     here = resident_bytes()
-    on_cpu = memory_on_cpu(made, job(4), Plan("disk" if spill == "disk" else "device"))
+    cpu_plan = Plan("disk" if spill == "disk" else "device", staged=config.true_sequential and spill != "disk")
+    on_cpu = memory_on_cpu(made, job(4), cpu_plan)
     cuda = device.type == "cuda"
     return {
         "tensors": tensors,
@@ -84,7 +86,7 @@ def estimate(
         "peak_gpu_phase": gpu.phase,
         "peak_host_bytes": here + (2 * gpu.host if cuda else on_cpu),
         "host_bytes_now": here,
-        "seconds": seconds(made, job(2 if cuda else 4), *rates(device)),
+        "seconds": seconds(made, job(2 if cuda else 4), *rates(device), staged=(plan if cuda else cpu_plan).staged),
         "tuned_blocks_least_gpu_bytes": tuning_needs(made, job(2), Plan("host", tuned_tokens=0)) or None,
         "tuning": _tuning(model_dir, config) if config.tunes else None,
         "plan": {
@@ -92,6 +94,7 @@ def estimate(
             "hessian_bytes": plan.hessian_bytes,
             "rows": plan.rows,
             "pack_tokens": plan.pack_tokens,
+            "staged": plan.staged,
         },
     }
 

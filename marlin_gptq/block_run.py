@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.blocks import return_free_memory
 from marlin_gptq.modeling.install import install_block
 from marlin_gptq.modeling.packed import Packed
+from marlin_gptq.modeling.staged import advance
 from marlin_gptq.report import BlockRecord, LinearRecord
 from marlin_gptq.run_state import RunState
 from marlin_gptq.work_directory import WorkDirectory
@@ -85,10 +85,12 @@ class BlockRun(RunState):
             linears = {name: _linear(block, name.removeprefix(f"{prefix}.")) for name in names}
             digest = self._digest(hidden)
             samples = Packed(hidden, self._packs(index, hidden))
+            solver: BlockSolver | None = None
             tensors = self._finished_before(index, block, linears, digest, samples.packs)
             if tensors is None:
                 first = len(self.records)
-                tensors = BlockSolver(self, index, block, linears, samples).quantize()
+                solver = BlockSolver(self, index, block, linears, samples)
+                tensors = solver.quantize()
                 if self.work is not None and digest is not None:
                     record = {
                         "linears": [asdict(linear) for linear in self.records[first:]],
@@ -98,7 +100,7 @@ class BlockRun(RunState):
                         self.work.put(step_name(index), digest, tensors, record)
             if index + 1 < self.stream.n_blocks:
                 with self.costs.measure("propagate"):
-                    samples.advance(partial(self.stream.run, index))
+                    advance(self.stream, index, samples if solver is None else solver.arriving)
             return tensors
 
     def _packs(self, index: int, hidden: Activations) -> list[range]:
@@ -119,7 +121,7 @@ class BlockRun(RunState):
         step = self.team.from_leader(None if self.work is None else self.work.get(step_name(index), digest))
         if step is None:
             return None
-        self.advance_full(index, packs)
+        self.advance_full(index, None if self.full is None else Packed(self.full, packs))
         sizes = {name: self.config.group_size_of(name) for name in linears}
         install_block(block, self.stream.block_name(index), linears, step.tensors, sizes)
         for record in step.record["linears"]:

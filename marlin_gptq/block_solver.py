@@ -22,6 +22,8 @@ from marlin_gptq.group_solver import GroupSolver, Solved
 from marlin_gptq.modeling.linear import pack
 from marlin_gptq.modeling.observe import Calibrated, Groups, collect_cross, collect_hessians, full_precision, stages
 from marlin_gptq.modeling.packed import Packed
+from marlin_gptq.modeling.staged import Staged
+from marlin_gptq.modeling.staging import staging
 from marlin_gptq.quantization.hessian import Cross
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group
 from marlin_gptq.report import rescaled
@@ -41,6 +43,8 @@ class BlockSolver:
     samples    the block's inputs.
     originals  weights from before, by full name, where they are needed once more.
     parts      codes and scales of what is solved.
+    arriving   the samples as they pass: in stages, or from the block's start every time; `advance` takes them on.
+    exact      with correct_target those after full-precision blocks, in the same way.
     """
 
     run: RunState
@@ -52,6 +56,12 @@ class BlockSolver:
     parts: dict[str, QuantizedWeight] = field(default_factory=dict)
     # Of the pass that is being solved: how its inputs differ from those of the full-precision stream.
     crosses: dict[str, Cross] = field(default_factory=dict)
+    arriving: Packed | Staged = field(init=False)
+    exact: Packed | Staged | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.arriving = self.samples
+        self.exact = None if self.run.full is None else Packed(self.run.full, self.samples.packs)
 
     def quantize(self) -> dict[str, Tensor]:
         """The block's tensors as they are to be written, by the names the model has for them.
@@ -67,13 +77,34 @@ class BlockSolver:
         elif self.linears:
             in_order = stages(run.stream, self.index, self.linears, self.samples.activations[0])
             together = [[group for groups in in_order for group in groups]]
+            if config.true_sequential:
+                self._begin_stages(in_order)
             for stage in in_order if config.true_sequential else together:
                 self._solve_stage(stage)
         with full_precision({name: self.linears[name] for name in self.originals}, self.originals):
-            run.advance_full(self.index, self.samples.packs)
+            run.advance_full(self.index, self.exact)
         if config.tunes_blocks and self.linears:
+            self.arriving = self.samples  # what else was kept is of the block as it is now, and takes memory
             self._tune()
         return self._tensors()
+
+    def _begin_stages(self, in_order: list[Groups]) -> None:
+        """From here on each pass goes on from the one before, where there is memory for what that keeps.
+
+        Where activations wait in host memory or a file there is none: to bring it from there takes as long as to
+        compute it anew. The bits are the same either way.
+        """
+        if not self.run.plan.staged:
+            return
+        states = self.samples.activations
+        longest = max(range(len(states)), key=lambda position: states.shapes[position][1])
+        found = staging(self.run.stream, self.index, in_order, states[longest])
+        if found is None:
+            self.run.tell_unstaged(self.index)
+            return
+        self.arriving = found.of(self.run.stream, self.index, self.samples)
+        if isinstance(self.exact, Packed):
+            self.exact = found.of(self.run.stream, self.index, self.exact)
 
     def _solve_stage(self, stage: Groups) -> None:
         """Calibrate and solve these groups, and put what came of it into the block."""
@@ -83,6 +114,9 @@ class BlockSolver:
             self._solve(groups, found)
             solved += [name for group in groups for name in group]
         self._replace_weights(solved)  # now, not earlier, so that every pass of a stage sees the same
+        for samples in (self.arriving, self.exact):
+            if isinstance(samples, Staged):
+                samples.go_on()
 
     def _passes(self, stage: Groups) -> list[Groups]:
         """The groups of a stage in as many passes as their Hessians' memory asks for."""
@@ -95,15 +129,14 @@ class BlockSolver:
         weighing = run.config.token_cap, run.config.equal_samples
         with run.costs.measure("hessians"):
             found = collect_hessians(
-                run.stream, self.index, groups, self.linears, self.samples, run.team.add_up, *weighing
+                run.stream, self.index, groups, self.linears, self.arriving, run.team.add_up, *weighing
             )  # fmt: skip
         self._warn_of_starved(found)
-        if run.full is not None:
+        if self.exact is not None:
             with run.costs.measure("correct target"):
-                full = Packed(run.full, self.samples.packs)
                 self.crosses = collect_cross(
-                    run.stream, self.index, groups, self.linears, self.originals, self.samples, full, run.team.add_up,
-                    *weighing,
+                    run.stream, self.index, groups, self.linears, self.originals, self.arriving, self.exact,
+                    run.team.add_up, *weighing,
                 )  # fmt: skip
         return found
 

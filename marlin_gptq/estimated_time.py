@@ -5,8 +5,8 @@ docs/benchmarks.md compares it with measured runs.
 
 from __future__ import annotations
 
-from marlin_gptq.estimates import Job, inputs_of
-from marlin_gptq.modeling.outline import BlockOutline, Outline
+from marlin_gptq.estimates import Job, experts_of, inputs_of
+from marlin_gptq.modeling.outline import Outline
 from marlin_gptq.quantization.grid import CLIP_RATIOS
 
 # Measured time over what `seconds` counts: five runs on a CPU took 1.13 to 1.39 of it.
@@ -16,21 +16,24 @@ OTHER_WORK = 1.25
 BEAM_COLUMN_SECONDS, BEAM_TRIES = 1e-4, 7
 
 
-def seconds(outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float) -> float:
-    """Rough time of a run, loading and saving aside.
+def seconds(
+    outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float, staged: bool = False
+) -> float:
+    """Rough time of a run, loading and saving aside; `staged` as in its plan.
 
     From two rates of the device: multiplications of a large matrix product, and weights that the clipping search tries
-    at one ratio. Counted are two passes of all tokens (calibrate, then the quantized block), the Hessians of the
-    distinct inputs, their factors, GPTQ's trailing updates, and the clipping search, with what the techniques of the
-    recipe add to them; OTHER_WORK stands for the rest.
+    at one ratio. Counted are two passes of all tokens (calibrate, then the quantized block; in stages they are one),
+    the Hessians of the distinct inputs, their factors, GPTQ's trailing updates, and the clipping search, with what the
+    techniques of the recipe add to them; OTHER_WORK stands for the rest.
     """
     products, tried = 0.0, 0.0
-    passes = 5 if job.corrected else 2  # of all tokens
+    # Of all tokens: without and with a corrected target. Those of true-sequential calibration are counted for a Llama.
+    passes = ((1, 2) if staged else (2.3, 5.5) if job.true_sequential else (2, 5))[job.corrected]
     candidates = len(CLIP_RATIOS) * job.clip * (3 if job.signed else 1)
     updates = 0.5 + 4 * job.sweeps + 2 * job.corrected  # products of a weight with a matrix like the Hessian
     factors = 3 if job.act_order == "columns" else 2
     for block in outline.blocks:
-        share = {True: outline.experts_per_token / max(1, _experts(block)), False: 1.0}
+        share = {True: outline.experts_per_token / max(1, experts_of(block)), False: 1.0}
         for linear in block.linears:
             products += passes * job.tokens * share[linear.expert] * linear.in_features * linear.out_features
         for name, features in inputs_of(block):
@@ -55,7 +58,3 @@ def _search_seconds(outline: Outline, job: Job, products_per_second: float, clip
     tries = BEAM_TRIES * job.beams * sum(linear.out_features * linear.in_features for linear in linears)
     updates = 0.5 * (job.beams - 1) * sum(linear.out_features * linear.in_features**2 for linear in linears)
     return columns * BEAM_COLUMN_SECONDS + tries / clip_values_per_second + updates / products_per_second
-
-
-def _experts(block: BlockOutline) -> int:
-    return len({x.input for x in block.linears if x.expert}) // 2

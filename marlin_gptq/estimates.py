@@ -4,6 +4,7 @@ It is the largest of a run's phases, each the sum of what is then alive; the ter
 
     embed      embedding table + activations
     forward    block + Hessians being summed + what the largest pack of samples needs on its way through the block
+               (and, as long as a block is solved in stages, what waits inside it for the next)
     factor     block + Hessians + the matrices that one factorisation works on
     solve      block + Hessians + factor + copies of one stacked weight + scratch of the clipping search in plain torch
                (the fused loops of a GPU need less of it); where several are solved side by side, of all of them
@@ -125,6 +126,7 @@ class Plan:
     pack_tokens   of samples that pass a block together, unless one alone has more; 0 is one sample at a time.
     side_by_side  bytes that weights solved at the same time may take; 0 is one after the other.
     tuned_tokens  of samples that pass a block together while it is tuned, as pack_tokens.
+    staged        true-sequential calibration goes through a block once; what it keeps meanwhile waits on the device.
     """
 
     place: str = "device"
@@ -133,6 +135,7 @@ class Plan:
     pack_tokens: int = PACK_TOKENS
     side_by_side: int = 0
     tuned_tokens: int = TUNED_TOKENS
+    staged: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,19 @@ def streams(job: Job) -> int:
 def activation_bytes(outline: Outline, job: Job) -> int:
     """What waits between two blocks."""
     return streams(job) * job.tokens * outline.hidden * job.compute_bytes
+
+
+def staged_bytes(outline: Outline, job: Job) -> int:
+    """What a true-sequential run in stages keeps inside a block, at most: the output of attention and the inputs of the
+    down projections (modeling/staged.py), of experts those of all that a token chooses."""
+    widths = [0]
+    for block in outline.blocks:
+        dense = max((x.in_features for x in block.quantized if not x.expert), default=0)
+        downs = [x for x in block.quantized if x.expert and x.out_features == outline.hidden]
+        inner = max((x.in_features for x in downs), default=0) * outline.experts_per_token
+        shared = outline.hidden if experts_of(block) else 0  # what an expert for all tokens returns
+        widths.append(outline.hidden + shared + max(dense, inner))
+    return streams(job) * job.tokens * max(widths) * job.compute_bytes
 
 
 def ahead_bytes(outline: Outline, job: Job) -> int:
@@ -228,6 +244,7 @@ def beside_bytes(shape: tuple[int, int], job: Job) -> int:
 def _all_phases(outline: Outline, job: Job, plan: Plan) -> Iterator[tuple[str, int, int]]:
     """(phase, block, bytes on the device) of a run."""
     kept = activation_bytes(outline, job) if plan.place == "device" else 0
+    inside = staged_bytes(outline, job) if plan.staged and job.true_sequential else 0
     table = max((prod(shape) for _, shape in outline.outer), default=0)
     if job.tokens:
         yield "embed", 0, kept + table * job.compute_bytes
@@ -237,14 +254,15 @@ def _all_phases(outline: Outline, job: Job, plan: Plan) -> Iterator[tuple[str, i
         # As they were before, to go on in full precision or to learn from.
         weights += codes * job.compute_bytes if job.corrected or job.tuned else 0
         for phase, size in _phases(outline, block, job, plan):
-            yield phase, index, kept + weights + codes + size
+            yield phase, index, kept + weights + codes + size + (inside if phase != "tune" else 0)
 
 
 def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iterator[tuple[str, int]]:
     """(phase, bytes beside weights, activations and packed tensors) of one block."""
     widest = max((max(x.in_features, x.out_features) for x in block.linears), default=0)
     inputs = inputs_of(block)
-    passes = hessian_passes(inputs, plan.hessian_bytes)
+    stages = _stages(block, job)
+    passes = [names for stage in stages for names in hessian_passes(stage, plan.hessian_bytes)]
     sizes = {name: features * features * 4 for name, features in inputs}
     hessians = max((sum(sizes[name] for name in names) for names in passes), default=0) if job.tokens else 0
     hessians *= 2 if job.corrected else 1
@@ -252,7 +270,7 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     per_token = (FORWARD_HIDDEN * outline.hidden + FORWARD_INNER * widest) * job.compute_bytes
     per_token += inner * 4 * ((job.compute_bytes != 4) + job.weighted)  # inputs of a Hessian as float32, and weighted
     if job.corrected:  # all inputs, of the quantized and of the full-precision model, and those of one as float32
-        per_token += 2 * sum(features for _, features in inputs) * job.compute_bytes
+        per_token += 2 * max(sum(features for _, features in stage) for stage in stages) * job.compute_bytes
         per_token += inner * 4 * (1 if job.compute_bytes == 4 else 3)
     yield "forward", hessians + max(job.longest, min(job.tokens, plan.pack_tokens)) * per_token
     for name, features in inputs:
@@ -263,9 +281,10 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
         rows = min(stacked, plan.rows or stacked)
         factored = (2 + _beside_solve(job)) * square if job.tokens else 0
         yield "solve", hessians + factored + _solve_bytes(block, name, stacked, rows, features, job)
-    shapes = [(sum(x.out_features for x in block.quantized if x.input == name), features) for name, features in inputs]
-    for batch in side_by_side([(shape, shape) for shape in shapes], plan.side_by_side, job) if job.tokens else ():
-        yield "solve", hessians + (len(batch) > 1) * sum(beside_bytes(shape, job) for shape in batch)
+    for stage in stages if job.tokens else ():
+        shapes = [(sum(x.out_features for x in block.quantized if x.input == name), width) for name, width in stage]
+        for batch in side_by_side([(shape, shape) for shape in shapes], plan.side_by_side, job):
+            yield "solve", hessians + (len(batch) > 1) * sum(beside_bytes(shape, job) for shape in batch)
     if job.tuned is not None and block.quantized:
         yield "tune", tuning_bytes(outline, block, job.tuned, job.tokens, plan.tuned_tokens, job.compute_bytes)
 
@@ -306,3 +325,21 @@ def _beam_bytes(rows: int, features: int, job: Job) -> int:
 def inputs_of(block: BlockOutline) -> list[tuple[str, int]]:
     """(input, features) of the distinct inputs of a block's quantized linears."""
     return list({x.input: x.in_features for x in block.quantized}.items())
+
+
+def experts_of(block: BlockOutline) -> int:
+    """How many experts a block has."""
+    return len({x.input for x in block.linears if x.expert}) // 2
+
+
+def _stages(block: BlockOutline, job: Job) -> list[list[tuple[str, int]]]:
+    """`inputs_of`, those together whose Hessians are summed before any is solved."""
+    inputs = inputs_of(block)
+    if not job.true_sequential:
+        return [inputs]
+    experts = {x.input for x in block.quantized if x.expert}
+    by_width: dict[int, list[tuple[str, int]]] = {}  # of experts: all gate and up projections, all down projections
+    for name, features in inputs:
+        if name in experts:
+            by_width.setdefault(features, []).append((name, features))
+    return [[entry] for entry in inputs if entry[0] not in experts] + list(by_width.values()) or [[]]

@@ -17,14 +17,17 @@ def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None
     """The least frugal plan whose device memory stays within `limit` bytes.
 
     spill  "none" keeps activations on the device, "host" and "disk" put them there, None decides.
-    Gives up speed in this order: activations wait in host memory; weights are solved in pieces of rows; Hessians are
-    summed in several passes; each step is tried with packs of samples, then with one sample at a time. InputError with
-    the least that would do, if nothing fits.
+    Gives up speed in this order: true-sequential calibration begins at a block's start each time instead of going on in
+    stages; activations wait in host memory; weights are solved in pieces of rows; Hessians are summed in several
+    passes; each step is tried with packs of samples, then with one sample at a time. InputError with the least that
+    would do, if nothing fits.
     """
     places = {"none": ["device"], "host": ["host"], "disk": ["disk"], None: ["device", "host"]}[spill]
     largest = max((x.in_features for block in outline.blocks for x in block.quantized), default=0) ** 2 * 4
     plans = [Plan(place) for place in places]
     frugal = plans[-1]
+    if job.true_sequential and plans[0].place == "device":
+        plans.insert(0, replace(plans[0], staged=True))
     plans += [replace(frugal, rows=rows) for rows in (8192, 2048)]
     plans += [
         replace(frugal, rows=rows, hessian_bytes=size) for rows, size in ((2048, 2 * largest), (2048, 1), (512, 1))
@@ -57,7 +60,7 @@ def tuning_within(
         return plan
     plans = [plan if begun is None else replace(plan, tuned_tokens=begun)]
     if spill is None and plan.place == "device":
-        plans.append(replace(plans[0], place="host"))
+        plans.append(replace(plans[0], place="host", staged=False))
     if begun is None:
         plans += [replace(plans[-1], tuned_tokens=tokens) for tokens in (TUNED_TOKENS // 2, TUNED_TOKENS // 4, 0)]
     for tried in plans:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +18,10 @@ from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.architecture import require_finite
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.packed import Packed
+from marlin_gptq.modeling.staged import Staged, advance
 from marlin_gptq.report import BlockRecord, LinearRecord, ProgressEvent
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -46,6 +49,7 @@ class RunState:
     tuned: list[BlockRecord] = field(default_factory=list)
     solved: int = 0
     full: Activations | None = None
+    _told_unstaged: bool = False
 
     def report(self, stage: str, block: int, linear: str | None, error: float | None, note: str = "") -> None:
         if self.progress is not None:
@@ -62,9 +66,19 @@ class RunState:
             require_finite(name, cast, f"they overflow {self.target}; use --dtype bfloat16")
         return cast
 
-    def advance_full(self, index: int, packs: list[range]) -> None:
-        """The full-precision stream through block `index`, which must have its own weights now."""
-        if self.full is None or index + 1 == self.stream.n_blocks:
+    def advance_full(self, index: int, samples: Packed | Staged | None) -> None:
+        """The full-precision stream, if there is one, through block `index`, which must have its own weights now."""
+        if samples is None or index + 1 == self.stream.n_blocks:
             return
         with self.costs.measure("correct target"):
-            Packed(self.full, packs).advance(partial(self.stream.run, index))
+            advance(self.stream, index, samples)
+
+    def tell_unstaged(self, index: int) -> None:
+        """Log, once, that block `index` cannot be calibrated in stages."""
+        if not self._told_unstaged:
+            self._told_unstaged = True
+            logger.warning(
+                "%s: its linears cannot be calibrated in stages of one forward; with true-sequential calibration the "
+                "samples begin at its start again for each of them, which takes longer",
+                self.stream.block_name(index),
+            )

@@ -26,9 +26,11 @@ sys.path.insert(0, sys.argv[2])
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 from helpers import random_samples
-from marlin_gptq import QuantizationConfig, quantize_model
+from dataclasses import replace
+from marlin_gptq import QuantizationConfig, pipeline, quantize_model
 from marlin_gptq.distributed import Team
 from marlin_gptq.work_directory import WorkDirectory
+planned = pipeline._plan
 dist.init_process_group("gloo")
 team, folder = Team(dist.get_rank(), dist.get_world_size()), Path(sys.argv[1])
 for name in sys.argv[3:]:
@@ -38,6 +40,8 @@ for name in sys.argv[3:]:
         config = QuantizationConfig(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1)
     if "equal" in output:
         config = QuantizationConfig(equal_samples=True, beam_width=2)
+    in_stages = not output.endswith("from-start")
+    pipeline._plan = lambda *asked: replace(planned(*asked), staged=in_stages)
     work = WorkDirectory.new(folder / "work", {}) if team.leads and output == "kept" else None
     if output == "resumed" and team.leads:
         (folder / "work" / "block-00001.json").unlink()
@@ -71,10 +75,13 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "experts", "qwen3_moe", **EXPERT_MODELS["qwen3_moe"])
     jobs = ["llama:two", "llama:sequential", "llama:kept", "llama:resumed", "experts:experts-two", "llama:techniques"]
     jobs += ["experts:experts-equal"]
+    jobs += ["llama:sequential-from-start", "experts:experts-sequential", "experts:experts-sequential-from-start"]
     done = start(2, tmp_path / "worker.py", tmp_path, Path(__file__).parent, *jobs)
     assert done.returncode == 0, done.stderr
     assert equal(tmp_path / "two", tmp_path / "kept"), "the same each time"
     assert equal(tmp_path / "two", tmp_path / "resumed")
+    for name in ("sequential", "experts-sequential"):
+        assert equal(tmp_path / name, tmp_path / f"{name}-from-start"), "whether passes go on from the last one or not"
     techniques = QuantizationConfig(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1)
     for source, output in (
         ("llama", "two"),

@@ -38,7 +38,10 @@ source, count, length, method = Path(sys.argv[1]), int(sys.argv[2]), int(sys.arg
 techniques = dict(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1)
 beams = dict(beam_width=8, act_order="groups", equal_samples=True)
 blocks = dict(tune_block_steps=2, tune_codes=True)
-gptq, more = method != "rtn", {"techniques": techniques, "blocks": blocks, "beams": beams}.get(method, {})
+sequential = {"true_sequential": True}
+both = sequential | techniques
+more = {"techniques": techniques, "blocks": blocks, "beams": beams, "sequential": sequential, "both": both}
+gptq, more = method != "rtn", more.get(method, {})
 config = QuantizationConfig(method="gptq" if gptq else "rtn", clip=False, **more)
 found = outline(source, config)
 before = resident_bytes()
@@ -47,7 +50,7 @@ job = Job.of(config, *((count * length, length) if gptq else (0, 0)), 4, 10**7)
 samples = [torch.randint(0, 90, (length,)) for _ in range(count)]
 quantize_model(source, Path(sys.argv[5]), config, samples, device=torch.device("cpu"), shard_size=10**7)
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(before, peak, memory_on_cpu(found, job, Plan()))
+print(before, peak, memory_on_cpu(found, job, Plan(staged=config.true_sequential)))
 """
 
 
@@ -84,6 +87,9 @@ def test_memory_of_a_measured_run(tmp_path: Path) -> None:
         ({"hidden_size": 1024, "intermediate_size": 2816}, 8, 1024, "blocks"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 32, 64, "blocks"),
         ({"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 64000}, 64, 1024, "techniques"),
+        ({"hidden_size": 512, "intermediate_size": 1408}, 64, 1024, "sequential"),
+        ({"hidden_size": 1024, "intermediate_size": 2816}, 16, 256, "sequential"),
+        ({"hidden_size": 768, "intermediate_size": 2048}, 8, 1024, "both"),
     ],
 )
 def test_memory_of_larger_measured_runs(tmp_path: Path, shape: dict, count: int, length: int, method: str) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SEVENTY_B, config_only, random_samples, save_tiny_model
+from helpers import EXPERT_MODELS, SEVEN_B, SEVENTY_B, config_only, random_samples, save_tiny_model
 
 from marlin_gptq import InputError, QuantizationConfig, pipeline, quantize_model
 from marlin_gptq.checkpoint import TensorStore
-from marlin_gptq.estimates import Job, Plan, memory
+from marlin_gptq.estimated_time import seconds
+from marlin_gptq.estimates import Job, Plan, memory, staged_bytes
 from marlin_gptq.memory_plan import plan_within
 from marlin_gptq.modeling.outline import outline
 
@@ -33,6 +34,40 @@ def test_plans_give_up_speed_in_their_order(tmp_path: Path) -> None:
         plan_within(found, job, 10**9)
     with pytest.raises(InputError, match="or --spill host"):
         plan_within(found, job, 10**9, "none")
+
+
+def test_what_stages_keep_is_given_up_first(tmp_path: Path) -> None:
+    """Attention's output and the inputs of down, of every token; of experts the inputs of all that a token chooses."""
+    found = outline(config_only(tmp_path / "model", **SEVEN_B), QuantizationConfig())
+    job = Job(256_000, 4096, 2, 10**9, true_sequential=True)
+    kept = 256_000 * (4096 + 11008) * 2
+    assert staged_bytes(found, job) == kept and staged_bytes(found, replace(job, corrected=True)) == 2 * kept
+    staged, plain = (memory(found, job, Plan(staged=staged)).device for staged in (True, False))
+    assert staged == plain + kept
+    assert plain < memory(found, replace(job, true_sequential=False), Plan()).device, "one Hessian at a time"
+    assert plan_within(found, job, staged) == Plan(staged=True)
+    assert plan_within(found, job, plain) == Plan()
+    assert plan_within(found, job, staged, "host") == Plan("host")
+    assert seconds(found, job, 1e12, 1e12, staged=True) < seconds(found, job, 1e12, 1e12)
+    experts = save_tiny_model(tmp_path / "experts", "mixtral", **EXPERT_MODELS["mixtral"])
+    assert staged_bytes(outline(experts, QuantizationConfig()), job) == 256_000 * (128 + 128 + 2 * 128) * 2
+
+
+def test_stages_are_run_where_half_of_what_is_free_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = config_only(tmp_path / "model", **SEVEN_B)
+    config = QuantizationConfig(true_sequential=True)
+    job = Job.of(config, 256_000, 4096, 2, 10**9)
+    both = 256_000 * (4096 + 4096 + 11008) * 2
+
+    def plan(free: int, spill: str | None = None, job: Job = job, device: str = "cuda") -> Plan:
+        monkeypatch.setattr(pipeline, "free_bytes", lambda _: free)
+        return replace(pipeline._plan(model, config, job, torch.device(device), spill, None), side_by_side=0)
+
+    assert plan(2 * both + 2) == plan(2 * both + 2, "none") == Plan(staged=True)
+    assert plan(2 * both) == plan(2 * both, "none") == Plan()
+    assert plan(10**9) == plan(10**12, "host") == Plan("host") and plan(10**12, "disk") == Plan("disk")
+    assert not plan(10**12, job=replace(job, true_sequential=False)).staged
+    assert plan(0, device="cpu") == Plan(staged=True) and plan(0, "disk", device="cpu") == Plan("disk")
 
 
 def test_samples_pass_alone_where_a_pack_would_not_fit(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _NAMES = {"mixtral": _W_NAMES, "minimax": _W_NAMES, "minimax_m2": _W_NAMES, "phimoe": _W_NAMES}
 # What the files of these model types call a module that transformers calls otherwise.
 _FILE_PREFIX = {name: (".mlp.", ".block_sparse_moe.") for name in _NAMES}
+
+
+class Enough(Exception):
+    """Raised by a hook inside a forward of which all has been seen that was to be seen."""
 
 
 class Expert(nn.Module):
@@ -67,7 +72,8 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, chosen] → [tokens, hidden].
 
-        Each expert sees the tokens routed to it in one call; an expert without tokens is not called.
+        Each expert sees the tokens routed to it in one call; an expert without tokens is not called. One that a hook
+        stops, with `Enough`, adds nothing.
         """
         chosen = top_k_index.flatten()
         order = chosen.argsort(stable=True)
@@ -81,7 +87,8 @@ class Experts(nn.Module):
                 tokens = places // top_k_index.shape[1]
                 weights = top_k_weights.flatten()[places].unsqueeze(1)
                 # A token chooses an expert once at most: no two rows of this sum meet, so it has one result.
-                output.index_add_(0, tokens, (self[index](hidden_states[tokens]) * weights).to(output.dtype))
+                with suppress(Enough):
+                    output.index_add_(0, tokens, (self[index](hidden_states[tokens]) * weights).to(output.dtype))
         return output
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 
 from marlin_gptq.errors import InputError
 from marlin_gptq.modeling.blocks import BlockStream
-from marlin_gptq.modeling.experts import Experts, expert_lists
+from marlin_gptq.modeling.experts import Enough, Experts, expert_lists
 from marlin_gptq.modeling.sample_weights import SampleWeights
+from marlin_gptq.modeling.staged import Staged, enough
 from marlin_gptq.quantization.hessian import Cross, Hessian
 
 Groups = list[list[str]]
-# Hidden states [B, T, hidden_size] and, of a pack, the lengths of its samples: as `BlockStream.run` takes them.
-Samples = Iterable[tuple[Tensor, tuple[int, ...]]]
+# Full name of an expert's linear → its list, its number, whether it is the down projection.
+ExpertLinears = dict[str, tuple[Experts, int, bool]]
+# Hidden states [B, T, hidden_size] and, of a pack, the lengths of its samples: as `BlockStream.run` takes them. Or the
+# samples on their way through the block.
+Samples = Iterable[tuple[Tensor, tuple[int, ...]]] | Staged
 AddUp = Callable[[Iterable[Hessian | Cross]], None]
 
 
@@ -88,7 +93,7 @@ def collect_hessians(
 ) -> Calibrated:
     """Run all samples through the block and sum one Hessian per group; `groups` in the order they run.
 
-    What comes behind the inputs of the last one is left out.
+    What comes behind the inputs of the last one is left out; if all groups are experts', in every expert by itself.
 
     add_up     sums Hessians over the processes of a run, each of which has samples of its own.
     token_cap  limits the weight of a token by the median over its sample, see `Hessian.add`: not for packs.
@@ -105,7 +110,9 @@ def collect_hessians(
     ]
     hooks += weights.hooks if weights is not None else []
     if not experts.keys() & hessians.keys():  # which experts run, and in what order, depends on the tokens
-        hooks.append(linears[groups[-1][0]].register_forward_pre_hook(_enough))
+        hooks.append(linears[groups[-1][0]].register_forward_pre_hook(enough))
+    elif experts.keys() >= hessians.keys():
+        hooks += _ends_of_experts(hessians, linears, experts)
     _pass(stream, index, hidden, hooks)
     add_up(hessians.values())
     found = Calibrated(hessians, {name: hessian.tokens for name, hessian in hessians.items()})
@@ -120,7 +127,7 @@ def collect_hessians(
 def _fill_up(
     stream: BlockStream,
     index: int,
-    starved: dict[str, tuple[Experts, int, bool]],
+    starved: ExpertLinears,
     found: Calibrated,
     hidden: Samples,
     add_up: AddUp,
@@ -143,6 +150,8 @@ def _fill_up(
                 layer[id(experts)] = Hessian(features, stream.device)
                 hooks.append(experts.register_forward_pre_hook(_summing(layer[id(experts)], token_cap, weights)))
             own[name] = layer[id(experts)]
+    if len(lists := {id(experts): experts for experts, _, _ in starved.values()}) == 1:
+        hooks += [experts.register_forward_pre_hook(enough) for experts in lists.values()]
     _pass(stream, index, hidden, hooks)
     add_up({id(prior): prior for prior in own.values()}.values())
     for name, prior in own.items():
@@ -164,26 +173,38 @@ def _summing(
     return hook
 
 
-class _Enough(Exception):
-    """All that was to be seen of a block's forward has been seen."""
+def _ends_of_experts(names: Iterable[str], linears: dict[str, nn.Linear], experts: ExpertLinears) -> list:
+    """Hooks that end each expert before the last one of these linears, and the block behind its experts."""
+    lists = {id(owner): owner for owner, _, _ in experts.values()}
+    if len(lists) > 1:
+        return []
+    (owner,) = lists.values()
+    last: dict[int, nn.Module] = {number: owner[number] for number in range(len(owner))}
+    for name in sorted(names, key=lambda name: experts[name][2]):  # an expert's down projection behind the others
+        last[experts[name][1]] = linears[name]
+    return [module.register_forward_pre_hook(enough) for module in last.values()] + [
+        owner.register_forward_hook(enough)
+    ]
 
 
-def _enough(*_: object) -> None:
-    raise _Enough
+def _runs(stream: BlockStream, index: int, hidden: Samples) -> Iterable[Callable[[], Tensor]]:
+    """What runs the block on the samples, one pack after the other."""
+    if isinstance(hidden, Staged):
+        return hidden
+    return (partial(stream.run, index, sample.to(stream.device), lengths) for sample, lengths in hidden)
 
 
 def _pass(stream: BlockStream, index: int, hidden: Samples, hooks: list) -> None:
     try:
-        for sample, lengths in hidden:
-            with suppress(_Enough):
-                stream.run(index, sample.to(stream.device), lengths)
+        for run in _runs(stream, index, hidden):
+            with suppress(Enough):
+                run()
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _experts_of(block: nn.Module, prefix: str) -> dict[str, tuple[Experts, int, bool]]:
-    """Full name of every expert's linear → its list, its number, whether it is the down projection."""
+def _experts_of(block: nn.Module, prefix: str) -> ExpertLinears:
     return {
         f"{prefix}.{name}.{number}.{own}": (experts, number, own == experts[number].names[2])
         for name, experts in expert_lists(block).items()
@@ -231,16 +252,16 @@ def collect_cross(
         return lambda _, args: caught.__setitem__(name, args[0])
 
     hooks = [linears[name].register_forward_pre_hook(catch(name)) for name in crosses]
-    hooks.append(linears[groups[-1][0]].register_forward_pre_hook(_enough))
+    hooks.append(linears[groups[-1][0]].register_forward_pre_hook(enough))
     weights = SampleWeights(stream.block_module(index), {}) if equal_samples else None
     hooks += weights.hooks if weights is not None else []
     try:
-        for (arriving, lengths), (exact, _) in zip(hidden, full, strict=True):
-            with full_precision(linears, originals), suppress(_Enough):
-                stream.run(index, exact.to(stream.device), lengths)
+        for arriving, exact in zip(_runs(stream, index, hidden), _runs(stream, index, full), strict=True):
+            with full_precision(linears, originals), suppress(Enough):
+                exact()
             wanted = dict(caught)
-            with suppress(_Enough):
-                stream.run(index, arriving.to(stream.device), lengths)
+            with suppress(Enough):
+                arriving()
             for name, cross in crosses.items():
                 inputs = caught[name]
                 cross.add(wanted[name], inputs, token_cap, None if weights is None else weights.of(name, inputs))
