@@ -80,7 +80,8 @@ class Display:
 
             def update(done: int, total: int, note: str, part: str = title) -> None:
                 nonlocal now
-                if part != now:  # another part of the work: its own time and pace
+                begun_again = done < bar.tasks[0].completed
+                if part != now or begun_again:  # another part of the work: its own time and pace
                     bar.reset(task, description=part)
                     now = part
                 bar.update(task, completed=done, total=total, note=note)
@@ -126,9 +127,12 @@ class _CountLines:
     """A line for every tenth of the steps."""
 
     def __init__(self, say: Callable[[str], None], title: str) -> None:
-        self.say, self.title, self.started, self.told = say, title, time.monotonic(), 0
+        self.say, self.title, self.started, self.told, self.done = say, title, time.monotonic(), 0, 0
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
+        if done < self.done:  # begun again
+            self.started, self.told = time.monotonic(), 0
+        self.done = done
         tenth = done * LINES_OF_A_RUN // total
         if tenth == self.told:
             return

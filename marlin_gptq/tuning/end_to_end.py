@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ from marlin_gptq.tuning.student import Student
 
 logger = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
+# The loss is looked at every so many steps. Windows differ, so that it must have risen this much to have risen at all.
+_WATCHED, _RISEN = 10, 1.5
+
+
+class Diverged(Exception):
+    """The loss rises: the learning rates are too large for this model."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,10 @@ class Rates:
     scales: float = 1e-3
     norms: float = 1e-3
     codes: float = 2e-3
+
+    def slower(self, times: float) -> Rates:
+        """All of them divided by `times`."""
+        return Rates(self.scales / times, self.norms / times, self.codes / times)
 
 
 @torch.no_grad()
@@ -59,6 +70,8 @@ def teacher_hidden(
         for part in states.split(batch):
             part.copy_(run(part.to(device, non_blocking=True)), non_blocking=True)
 
+    if progress is not None:
+        progress(0, stream.n_blocks)
     for part, ids in zip(states.split(batch), windows.split(batch), strict=True):
         part.copy_(stream.embed(ids), non_blocking=True)
     for index in range(stream.n_blocks):
@@ -114,13 +127,16 @@ def tune(
     rates: Rates,
     seed: int,
     cut: Plan | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    before: float = 0.0,
+    progress: Callable[[int, int, float | None], None] | None = None,
 ) -> list[float]:
     """`steps` steps of Adam on the mean KL of `batch` windows each; the losses, one a step.
 
     windows  int64 [windows, T]; teacher [windows, T, hidden_size] of `teacher_hidden`.
     cut      how a step runs in parts; None runs it whole.
+    before   the mean KL over other windows, for one batch may be an easy one.
     Windows are taken in a random order given by `seed`, each once before any twice.
+    Raises Diverged as soon as the loss of ten steps is half as much again as `before` and the first loss, or NaN.
     """
     kinds = student.parameters()
     device = student.head()[0].device
@@ -154,13 +170,24 @@ def tune(
     run = Replayed(step, optimizer) if recorded else Direct(step, optimizer)
     losses = []
     windows = windows.to(device)
+    if progress is not None:
+        progress(0, steps, None)
     with tensor_cores():
         for number, chosen in enumerate(batches(len(windows), batch, steps, seed), start=1):
             losses.append(run(rows_of(windows, chosen, device), rows_of(teacher, chosen, device)).clone())
             schedule.step()
+            if number % _WATCHED == 0:
+                require_progress(max(before, float(losses[0])), [float(loss) for loss in losses[-_WATCHED:]])
             if progress is not None and (number % 10 == 0 or number == steps):
                 progress(number, steps, float(losses[-1]))
     return [float(loss) for loss in losses]
+
+
+def require_progress(before: float, last: Sequence[float]) -> None:
+    """Diverged if the `last` losses are far above that `before`."""
+    now = fmean(last)
+    if not now <= _RISEN * before:
+        raise Diverged(f"the KL that is learnt from went from {before:.5f} to {now:.5f}")
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from marlin_gptq.modeling.architecture import read_config, require_finite
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.output_directory import write_companions
 from marlin_gptq.report import ProgressEvent, QuantizeReport, rescaled
-from marlin_gptq.tuning.end_to_end import Rates, mean_divergence, teacher_hidden, tune
+from marlin_gptq.tuning.end_to_end import Diverged, Rates, mean_divergence, teacher_hidden, tune
 from marlin_gptq.tuning.memory import Plan, plan
 from marlin_gptq.tuning.student import Student
 from marlin_gptq.tuning.text import window_length, windows, written_by_model
@@ -43,6 +43,8 @@ _JUDGED = 16
 # Text is written so many windows at a time. On a GPU fewer if their keys, values and logits would fill a quarter of it:
 # launched one by one, the kernels of a small model take as long for many windows as for few. A CPU gains nothing.
 _WRITING_BATCH, _WRITING_BATCH_WITHOUT_GPU = 2048, 128
+# How often the tuning is begun where the loss rises, and how much smaller the learning rates are each time.
+_TRIES, _SLOWER = 4, 4
 # Tables of logits a step holds, in float32: the model's, their copy, probabilities, what is drawn from them.
 _LOGIT_TABLES = 4
 
@@ -82,22 +84,44 @@ def tune_checkpoint(
         del stream
         give_back(device)
     learnt = slice(judged, None) if len(text) > judged else slice(None)
+
+    def _start() -> Student:
+        return Student(model_dir, quantized_dir, tune_codes=config.tune_codes, length=length, device=device)
+
     with costs.measure("tune end to end"):
-        student = Student(model_dir, quantized_dir, tune_codes=config.tune_codes, length=length, device=device)
+        student, used = _start(), _rates(config)
         cut = planned(student, config, length, device, teacher)
         before = mean_divergence(student, text[:judged], teacher[:judged], cut.micro_batch)
         started_from = {name: layer.quantized().codes for name, layer in student.layers.items()}
-        tune(
-            student,
-            text[learnt],
-            teacher[learnt],
-            steps=config.tune_steps,
-            batch=config.tune_batch,
-            rates=Rates(config.tune_scale_rate, config.tune_scale_rate, config.tune_rate),
-            seed=seed,
-            cut=cut,
-            progress=tell("tune"),
-        )
+        for left in reversed(range(_TRIES)):
+            try:
+                tune(
+                    student,
+                    text[learnt],
+                    teacher[learnt],
+                    steps=config.tune_steps,
+                    batch=config.tune_batch,
+                    rates=used,
+                    seed=seed,
+                    cut=cut,
+                    before=before,
+                    progress=tell("tune"),
+                )
+                break
+            except Diverged as error:
+                reason = str(error)
+            if left == 0:
+                break
+            logger.warning(
+                "tuning end to end begins again with learning rates of %g (codes) and %g (scales and norms), a quarter "
+                "of what they were: %s",
+                used.codes / _SLOWER,
+                used.scales / _SLOWER,
+                reason,
+            )
+            del student  # before there is another: two may not fit
+            give_back(device)
+            student, used = _start(), used.slower(_SLOWER)
         after = mean_divergence(student, text[:judged], teacher[:judged], cut.micro_batch)
     helped = after < before
     if not helped:
@@ -127,11 +151,16 @@ def tune_checkpoint(
             "kl_before": before,
             "kl_after": after,
             "kept": helped,
+            "rates": {"codes": used.codes, "scales": used.scales},
             "codes_changed": moved / sum(codes.numel() for codes in started_from.values()),
         },
     )
     _write(model_dir, quantized_dir, student if helped else None, report, shard_size, overwrite)
     return report
+
+
+def _rates(config: QuantizationConfig) -> Rates:
+    return Rates(config.tune_scale_rate, config.tune_scale_rate, config.tune_rate)
 
 
 def planned(student: Student, config: QuantizationConfig, length: int, device: torch.device, teacher: Tensor) -> Plan:

@@ -65,6 +65,8 @@ def written_by_model(
     graphs = _recorded(model, length)
     decoder: Decoder | None = None
     written: list[Tensor] = []
+    if progress is not None:
+        progress(0, count)
     for ids in prompts.split(batch):
         if decoder is None or decoder.batch != len(ids):  # the last batch may be smaller
             decoder = None  # its cache goes before there is another
