@@ -11,9 +11,9 @@ from marlin_gptq.quantization.grid import CLIP_RATIOS
 
 # Measured time over what `seconds` counts: five runs on a CPU took 1.13 to 1.39 of it.
 OTHER_WORK = 1.25
-# Of the K-best search: seconds of starting a column's work on a GPU (a guess: never measured), and its work in tries of
-# the clipping search for each weight (CPU: 5 to 10).
-BEAM_COLUMN_SECONDS, BEAM_TRIES = 1e-4, 7
+# Of the K-best search: seconds of starting a column's work on a GPU (an H200 with seven other runs: 3.4e-4 to 4.2e-4),
+# and its work in tries of the clipping search for each weight (CPU: 5 to 10).
+BEAM_COLUMN_SECONDS, BEAM_TRIES = 4e-4, 7
 
 
 def seconds(
