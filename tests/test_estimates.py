@@ -82,13 +82,11 @@ def test_memory_of_a_measured_run(tmp_path: Path) -> None:
         ({"hidden_size": 1024, "intermediate_size": 2816}, 1, 2, "rtn"),
         ({"hidden_size": 768, "intermediate_size": 4096}, 8, 512, "techniques"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 16, 256, "techniques"),
-        ({"hidden_size": 1024, "intermediate_size": 2816}, 16, 256, "beams"),
         ({"hidden_size": 768, "intermediate_size": 4096}, 8, 512, "beams"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 8, 1024, "blocks"),
         ({"hidden_size": 1024, "intermediate_size": 2816}, 32, 64, "blocks"),
         ({"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 64000}, 64, 1024, "techniques"),
         ({"hidden_size": 512, "intermediate_size": 1408}, 64, 1024, "sequential"),
-        ({"hidden_size": 1024, "intermediate_size": 2816}, 16, 256, "sequential"),
         ({"hidden_size": 768, "intermediate_size": 2048}, 8, 1024, "both"),
     ],
 )
