@@ -45,7 +45,8 @@ def estimate(
     from marlin_gptq.calibration import sequence_length
     from marlin_gptq.estimated_size import stored_tensors
     from marlin_gptq.estimated_time import seconds
-    from marlin_gptq.estimates import SIDE_BY_SIDE, Job, Plan, memory, memory_on_cpu
+    from marlin_gptq.estimates import SIDE_BY_SIDE, memory, memory_on_cpu
+    from marlin_gptq.job import Job, Plan
     from marlin_gptq.memory_plan import plan_within, tuning_needs
     from marlin_gptq.modeling.outline import outline
     from marlin_gptq.requirements import require_combination

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from marlin_gptq.distributed import share_out
-from marlin_gptq.estimates import Job, beside_bytes, hessian_passes, side_by_side
+from marlin_gptq.estimates import beside_bytes, hessian_passes, side_by_side
 from marlin_gptq.group_solver import GroupSolver, Solved
+from marlin_gptq.job import Job
 from marlin_gptq.modeling.linear import pack
 from marlin_gptq.modeling.observe import Calibrated, Groups, collect_cross, collect_hessians, full_precision, stages
 from marlin_gptq.modeling.packed import Packed

@@ -5,7 +5,8 @@ docs/benchmarks.md compares it with measured runs.
 
 from __future__ import annotations
 
-from marlin_gptq.estimates import Job, experts_of, inputs_of
+from marlin_gptq.estimates import experts_of, inputs_of
+from marlin_gptq.job import Job
 from marlin_gptq.modeling.outline import Outline
 from marlin_gptq.quantization.grid import CLIP_RATIOS
 

@@ -20,14 +20,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import TypeVar
 
-from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.estimated_size import output_bytes
+from marlin_gptq.job import Job, Plan
 from marlin_gptq.modeling.outline import BlockOutline, Outline
-from marlin_gptq.modeling.packed import PACK_TOKENS
 from marlin_gptq.quantization.grid import CLIP_RATIOS, SCRATCH_ELEMENTS
 from marlin_gptq.quantization.weight import columns_per_group
-from marlin_gptq.tuning.block_memory import TUNED_TOKENS, TunedBlocks, tuning_bytes
-from marlin_gptq.tuning.text import WINDOW
+from marlin_gptq.tuning.block_memory import tuning_bytes
 
 # Measured on a CPU, in float32 copies of what they work on (memory at the peak less memory before):
 FACTOR_MATRICES = 7.5  # Hessians: mean, damped, flipped, the Cholesky factor, operands of the triangular solve
@@ -50,92 +48,7 @@ BESIDE_SQUARES, BESIDE_WEIGHTS = 2, 12
 # Bytes that they take at most, where there is more than enough: larger ones fill a GPU alone.
 SIDE_BY_SIDE = 12_000_000_000
 _STREAMS = 4
-# Tokens of a usual calibration document, where only the longest is known.
-_USUAL_TOKENS = 1000
-
 Group = TypeVar("Group")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is asked of a run.
-
-    tokens, longest  calibration tokens in all and of the longest sample; 0 for method rtn.
-    compute_bytes    per value in the forward: 2 on a GPU, 4 elsewhere.
-    stored_bytes     per 16-bit value of the result: 2.
-    shard_size       of the output, in bytes: one shard is filled in host memory while another is written.
-    signed, act_order, plain, sweeps, corrected, beams  the techniques of the recipe beside GPTQ: `signed_scales`,
-                     `act_order`, whether `clip_hessian` is "plain", `refine_sweeps`, whether there is a
-                     `correct_target`, `beam_width`.
-    weighted         tokens are weighted, so that a Hessian's inputs are there twice in float32.
-    block_size       columns that GPTQ finishes before it updates the rest.
-    tuned            blocks are tuned one by one, or None.
-    """
-
-    tokens: int
-    longest: int
-    compute_bytes: int
-    shard_size: int
-    clip: bool = True
-    true_sequential: bool = False
-    stored_bytes: int = 2
-    signed: bool = False
-    act_order: str = "none"
-    plain: bool = False
-    sweeps: int = 0
-    corrected: bool = False
-    tuned: TunedBlocks | None = None
-    beams: int = 1
-    weighted: bool = False
-    block_size: int = 128
-
-    @classmethod
-    def of(cls, config: QuantizationConfig, tokens: int, longest: int, compute_bytes: int, shard_size: int) -> Job:
-        """The pass over the blocks that `config` asks for; its end-to-end tuning is not part of it."""
-        tuned = None
-        if config.tunes_blocks and tokens:
-            window = min(longest, WINDOW) if config.pack else longest
-            batch = max(window, config.tune_batch * min(window, _USUAL_TOKENS))
-            tuned = TunedBlocks(config.tune_block_steps, min(tokens, batch), config.tune_codes, window)
-        return cls(
-            tokens,
-            longest,
-            compute_bytes,
-            shard_size,
-            clip=config.clip,
-            true_sequential=config.true_sequential,
-            signed=config.signed_scales,
-            act_order=config.act_order,
-            plain=config.clip_hessian == "plain",
-            sweeps=config.refine_sweeps,
-            corrected=config.correct_target > 0,
-            tuned=tuned,
-            beams=config.beam_width,
-            weighted=config.token_cap > 0 or config.equal_samples,
-            block_size=config.block_size,
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a run keeps within its memory.
-
-    place         where activations wait between two blocks: device, host or disk.
-    hessian_bytes of Hessians summed in one pass through a block; None is all of them. Less means more passes.
-    rows          of a stacked weight solved at once; None is all of them.
-    pack_tokens   of samples that pass a block together, unless one alone has more; 0 is one sample at a time.
-    side_by_side  bytes that weights solved at the same time may take; 0 is one after the other.
-    tuned_tokens  of samples that pass a block together while it is tuned, as pack_tokens.
-    staged        true-sequential calibration goes through a block once; what it keeps meanwhile waits on the device.
-    """
-
-    place: str = "device"
-    hessian_bytes: int | None = None
-    rows: int | None = None
-    pack_tokens: int = PACK_TOKENS
-    side_by_side: int = 0
-    tuned_tokens: int = TUNED_TOKENS
-    staged: bool = False
 
 
 @dataclass(frozen=True)

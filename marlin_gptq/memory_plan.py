@@ -6,7 +6,8 @@ from dataclasses import replace
 from math import ceil
 
 from marlin_gptq.errors import InputError, QuantizationError
-from marlin_gptq.estimates import Job, Plan, memory, tuning_memory
+from marlin_gptq.estimates import memory, tuning_memory
+from marlin_gptq.job import Job, Plan
 from marlin_gptq.modeling.outline import Outline
 from marlin_gptq.modeling.packed import PACK_TOKENS
 from marlin_gptq.tuning.block_memory import TUNED_TOKENS

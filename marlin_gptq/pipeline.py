@@ -30,7 +30,8 @@ from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.disk import require_space, staging_directory
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
-from marlin_gptq.estimates import SIDE_BY_SIDE, Job, Plan, staged_bytes, streams
+from marlin_gptq.estimates import SIDE_BY_SIDE, staged_bytes, streams
+from marlin_gptq.job import Job, Plan
 from marlin_gptq.memory_plan import plan_within, tuning_within
 from marlin_gptq.modeling.architecture import read_config, require_full_precision
 from marlin_gptq.modeling.blocks import BlockStream

@@ -14,7 +14,7 @@ from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.disk import require_space
 from marlin_gptq.errors import InputError, QuantizationError
-from marlin_gptq.estimates import Job, Plan
+from marlin_gptq.job import Job, Plan
 from marlin_gptq.memory_plan import tuning_within
 from marlin_gptq.modeling.architecture import (
     block_linears,

@@ -13,7 +13,7 @@ from torch import Tensor
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Costs
 from marlin_gptq.distributed import Team
-from marlin_gptq.estimates import Plan
+from marlin_gptq.job import Plan
 from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.architecture import require_finite
 from marlin_gptq.modeling.blocks import BlockStream

@@ -9,7 +9,7 @@ from helpers import SEVEN_B, config_only
 
 from marlin_gptq import QuantizationConfig
 from marlin_gptq.estimated_time import seconds
-from marlin_gptq.estimates import Job
+from marlin_gptq.job import Job
 from marlin_gptq.modeling.outline import outline
 
 

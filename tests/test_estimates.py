@@ -13,15 +13,8 @@ import torch
 from helpers import SEVEN_B, config_only, random_samples, save_tiny_model
 
 from marlin_gptq import QuantizationConfig, pipeline, quantize_model
-from marlin_gptq.estimates import (
-    Job,
-    Plan,
-    beside_bytes,
-    hessian_passes,
-    memory,
-    memory_on_cpu,
-    side_by_side,
-)
+from marlin_gptq.estimates import beside_bytes, hessian_passes, memory, memory_on_cpu, side_by_side
+from marlin_gptq.job import Job, Plan
 from marlin_gptq.modeling.outline import outline
 
 CPU = torch.device("cpu")
@@ -31,7 +24,8 @@ from pathlib import Path
 from typing import Any
 from marlin_gptq import QuantizationConfig, quantize_model
 from marlin_gptq.cli.dry_run import resident_bytes
-from marlin_gptq.estimates import Job, Plan, memory_on_cpu
+from marlin_gptq.estimates import memory_on_cpu
+from marlin_gptq.job import Job, Plan
 from marlin_gptq.modeling.outline import outline
 torch.set_num_threads(1)
 source, count, length, method = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]

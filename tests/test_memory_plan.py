@@ -12,7 +12,8 @@ from helpers import EXPERT_MODELS, SEVEN_B, SEVENTY_B, config_only, random_sampl
 from marlin_gptq import InputError, QuantizationConfig, pipeline, quantize_model
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.estimated_time import seconds
-from marlin_gptq.estimates import Job, Plan, memory, staged_bytes
+from marlin_gptq.estimates import memory, staged_bytes
+from marlin_gptq.job import Job, Plan
 from marlin_gptq.memory_plan import plan_within
 from marlin_gptq.modeling.outline import outline
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from marlin_gptq import QuantizationConfig, pipeline, quantize_model
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import PRESETS
-from marlin_gptq.estimates import Plan
 from marlin_gptq.formats import marlin
+from marlin_gptq.job import Plan
 from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.architecture import block_linears
 from marlin_gptq.modeling.blocks import BlockStream

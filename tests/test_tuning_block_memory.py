@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from marlin_gptq import QuantizationConfig, QuantizationError, pipeline, quantize_model
 from marlin_gptq.cli.quantize import main
-from marlin_gptq.estimates import Job, Plan, tuning_memory
+from marlin_gptq.estimates import tuning_memory
+from marlin_gptq.job import Job, Plan
 from marlin_gptq.memory_plan import tuning_needs, tuning_within
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import Outline, outline

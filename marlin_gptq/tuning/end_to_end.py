@@ -30,7 +30,8 @@ from marlin_gptq.tuning.student import Student
 
 logger = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
-# The loss is looked at every so many steps. Windows differ, so that it must have risen this much to have risen at all.
+# The loss is looked at, and told, every so many steps. Windows differ, so that it must have risen this much to have
+# risen at all.
 _WATCHED, _RISEN = 10, 1.5
 
 
@@ -178,7 +179,7 @@ def tune(
             schedule.step()
             if number % _WATCHED == 0:
                 require_progress(max(before, float(losses[0])), [float(loss) for loss in losses[-_WATCHED:]])
-            if progress is not None and (number % 10 == 0 or number == steps):
+            if progress is not None and (number % _WATCHED == 0 or number == steps):
                 progress(number, steps, float(losses[-1]))
     return [float(loss) for loss in losses]
 

@@ -93,7 +93,20 @@ def tune_checkpoint(
         cut = planned(student, config, length, device, teacher)
         before = mean_divergence(student, text[:judged], teacher[:judged], cut.micro_batch)
         started_from = {name: layer.quantized().codes for name, layer in student.layers.items()}
-        for left in reversed(range(_TRIES)):
+        rise = ""
+        for attempt in range(_TRIES):
+            if attempt:
+                used = used.slower(_SLOWER)
+                logger.warning(
+                    "tuning end to end begins again with learning rates of %g (codes) and %g (scales and norms), a "
+                    "quarter of what they were: %s",
+                    used.codes,
+                    used.scales,
+                    rise,
+                )
+                del student  # before there is another: two may not fit
+                give_back(device)
+                student = _start()
             try:
                 tune(
                     student,
@@ -109,19 +122,7 @@ def tune_checkpoint(
                 )
                 break
             except Diverged as error:
-                reason = str(error)
-            if left == 0:
-                break
-            logger.warning(
-                "tuning end to end begins again with learning rates of %g (codes) and %g (scales and norms), a quarter "
-                "of what they were: %s",
-                used.codes / _SLOWER,
-                used.scales / _SLOWER,
-                reason,
-            )
-            del student  # before there is another: two may not fit
-            give_back(device)
-            student, used = _start(), used.slower(_SLOWER)
+                rise = str(error)
         after = mean_divergence(student, text[:judged], teacher[:judged], cut.micro_batch)
     helped = after < before
     if not helped:
