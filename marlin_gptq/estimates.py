@@ -183,7 +183,10 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
     per_token = (FORWARD_HIDDEN * outline.hidden + FORWARD_INNER * widest) * job.compute_bytes
     per_token += inner * 4 * ((job.compute_bytes != 4) + job.weighted)  # inputs of a Hessian as float32, and weighted
     if job.corrected:  # all inputs, of the quantized and of the full-precision model, and those of one as float32
-        per_token += 2 * max(sum(features for _, features in stage) for stage in stages) * job.compute_bytes
+        # Those that stages keep (`staged_bytes`) are counted there; the others are as wide as the hidden states.
+        staged = plan.staged and job.true_sequential
+        inside = outline.hidden if staged else max(sum(width for _, width in stage) for stage in stages)
+        per_token += 2 * inside * job.compute_bytes
         per_token += inner * 4 * (1 if job.compute_bytes == 4 else 3)
     yield "forward", hessians + max(job.longest, min(job.tokens, plan.pack_tokens)) * per_token
     for name, features in inputs:

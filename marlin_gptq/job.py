@@ -52,8 +52,8 @@ class Job:
         tuned = None
         if config.tunes_blocks and tokens:
             window = min(longest, WINDOW) if config.pack else longest
-            batch = max(window, config.tune_batch * min(window, _USUAL_TOKENS))
-            tuned = TunedBlocks(config.tune_block_steps, min(tokens, batch), config.tune_codes, window)
+            taken = min(tokens, max(window, config.tune_batch * min(window, _USUAL_TOKENS)))
+            tuned = TunedBlocks(config.tune_block_steps, config.tune_batch, taken, config.tune_codes, window)
         return cls(
             tokens,
             longest,

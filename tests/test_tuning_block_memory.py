@@ -97,8 +97,8 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return set_free
 
 
-def job_of(source: Path) -> tuple[Outline, Job]:
-    return outline(source, TUNED), pipeline.job_of(SAMPLES, TUNED, torch.float32, 10**9)
+def job_of(source: Path, config: QuantizationConfig = TUNED) -> tuple[Outline, Job]:
+    return outline(source, config), pipeline.job_of(SAMPLES, config, torch.float32, 10**9)
 
 
 def test_a_run_that_does_not_fit_stops_before_any_work(tmp_path: Path, free: Callable[[int], None]) -> None:
@@ -142,11 +142,12 @@ def test_samples_that_pass_alone_teach_a_block_the_same(
 
 def test_a_run_goes_on_with_as_many_together_as_it_was_begun_with(tmp_path: Path, free: Callable[[int], None]) -> None:
     source = save_tiny_model(tmp_path / "source")
-    found, job = job_of(source)
+    config = replace(TUNED, tune_batch=32)  # more samples than pass together
+    found, job = job_of(source, config)
 
     def run(work: WorkDirectory, output: str) -> None:
         with work:
-            quantize_model(source, tmp_path / output, TUNED, SAMPLES, device=CPU, work=work)
+            quantize_model(source, tmp_path / output, config, SAMPLES, device=CPU, work=work)
 
     free(tuning_needs(found, job, Plan("host", tuned_tokens=1024)))
     run(WorkDirectory.new(tmp_path / "work", {}), "out")

@@ -20,11 +20,12 @@ BACKWARD_HIDDEN, BACKWARD_INNER = 18, 8
 class TunedBlocks:
     """The tuning of each block by itself (tuning/block.py).
 
-    steps, step_tokens  how many, and tokens in each; moving: whether codes move too.
-    sequence            tokens of the longest sample, or window, that attention sees.
+    steps, batch, step_tokens  how many, and samples and tokens in each; moving: whether codes move too.
+    sequence                   tokens of the longest sample, or window, that attention sees.
     """
 
     steps: int
+    batch: int
     step_tokens: int
     moving: bool
     sequence: int
@@ -47,7 +48,7 @@ def tuning_bytes(
         hidden_size=outline.hidden,
         intermediate_size=widest,
     )
-    pack = min(tokens, max(tuned.sequence, together))
+    pack = min(tokens, tuned.batch * tuned.sequence, max(tuned.sequence, together))
     values = pack * (4 * BACKWARD_HIDDEN * outline.hidden + compute_bytes * BACKWARD_INNER * widest)
     scores = outline.heads * tuned.sequence * 4 * (pack + 2 * tuned.sequence)  # of all samples, and what makes one's
     gradient = (4 + compute_bytes) * max(x.in_features * x.out_features for x in block.quantized)
