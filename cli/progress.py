@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 Update = Callable[..., None]
 # Stages of the end-to-end tuning, as people read them.
-TUNING = {"write text": "write text", "teacher": "full precision", "tune": "tune"}
+# Stages that count by themselves, not linears, and what they are called.
+COUNTED = {"gradients": "gradients", "write text": "write text", "teacher": "full precision", "tune": "tune"}
 LINES_OF_A_RUN = 10
 
 
@@ -47,8 +48,8 @@ class Display:
         with self._bar("quantize") as update:
 
             def show(event: ProgressEvent) -> None:
-                if event.stage in TUNING:
-                    update(event.done, event.total, _tuning(event), TUNING[event.stage])
+                if event.stage in COUNTED:
+                    update(event.done, event.total, _tuning(event), COUNTED[event.stage])
                     return
                 stage = {"calibrate": "running the calibration text", "write": "writing"}.get(event.stage, "")
                 linear = event.note or _linear(event, short=True)
@@ -106,9 +107,9 @@ class _QuantizeLines:
         self.parts: dict[str, _CountLines] = {}
 
     def __call__(self, event: ProgressEvent) -> None:
-        if event.stage in TUNING:
+        if event.stage in COUNTED:
             if event.stage not in self.parts:
-                self.parts[event.stage] = _CountLines(self.say, TUNING[event.stage])
+                self.parts[event.stage] = _CountLines(self.say, COUNTED[event.stage])
             self.parts[event.stage](event.done, event.total, _tuning(event))
         tuned = event.note if event.stage == "tune block" and event.relative_error is not None else ""
         if event.linear is None and not tuned:

@@ -37,6 +37,10 @@ _OPTIONS = (
     ),
     click.option("--correct-target", type=float, metavar="SHARE", help="Correct weights for quantized inputs, 0 to 1."),
     click.option("--refine-sweeps", type=int, metavar="N", help="Sweeps over scales and codes after the pass."),
+    click.option(
+        "--two-sided/--no-two-sided", default=None,
+        help="Round under both sides of a linear: its inputs, and the gradients of the loss by its outputs.",
+    ),
     click.option("--pack/--no-pack", default=None, help="Calibrate on equal windows of the documents laid end to end."),
     click.option("--tune-steps", type=int, metavar="N", help="Steps of end-to-end tuning; 0: none."),
     click.option(

@@ -5,9 +5,11 @@ Then the samples pass the quantized block, and are the inputs of the next one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor, nn
 
 from marlin_gptq.block_solver import BlockSolver
@@ -16,9 +18,10 @@ from marlin_gptq.errors import InputError
 from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.blocks import return_free_memory
 from marlin_gptq.modeling.install import install_block
+from marlin_gptq.modeling.output_gradients import output_gradients
 from marlin_gptq.modeling.packed import Packed
 from marlin_gptq.modeling.staged import advance
-from marlin_gptq.report import BlockRecord, LinearRecord
+from marlin_gptq.report import BlockRecord, LinearRecord, ProgressEvent
 from marlin_gptq.run_state import RunState
 from marlin_gptq.work_directory import WorkDirectory
 
@@ -54,15 +57,37 @@ class BlockRun(RunState):
             copy.put(position, inputs)
         return copy
 
-    def _activations(self, shapes: list[tuple[int, int]]) -> Activations:
+    def take_gradients(self, hidden: Activations, chosen: Mapping[int, int]) -> None:
+        """Those of the loss by all blocks' outputs, from block 0's inputs, for the samples `chosen` (position → seed).
+
+        They wait where the plan keeps activations, but never on a GPU, for there are two sets for every block."""
+        place = "host" if self.plan.place == "device" and self.stream.device.type == "cuda" else self.plan.place
+        tracked = self.team.from_leader(self.work is not None)
+
+        def make(shapes: list[tuple[int, int]], dtype: torch.dtype) -> Activations:
+            return self._activations(shapes, dtype, place, tracked)
+
+        def tell(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(ProgressEvent("gradients", 0, self.stream.n_blocks, None, done, total, None))
+
+        self.gradients = output_gradients(self.stream, hidden, chosen, make, tell)
+
+    def _activations(
+        self,
+        shapes: list[tuple[int, int]],
+        dtype: torch.dtype | None = None,
+        place: str | None = None,
+        tracked: bool | None = None,
+    ) -> Activations:
         return Activations(
             shapes,
             self.stream.config.hidden_size,
-            self.stream.dtype,
+            dtype or self.stream.dtype,
             self.stream.device,
-            place=self.plan.place,
+            place=place or self.plan.place,
             directory=self.disk,
-            tracked=self.team.from_leader(self.work is not None),
+            tracked=self.team.from_leader(self.work is not None) if tracked is None else tracked,
         )
 
     def copy_outer(self, writer: CheckpointWriter) -> None:
@@ -111,7 +136,8 @@ class BlockRun(RunState):
         """Of all that a block's result depends on beside its weights; None if no work directory asks for it."""
         if not hidden.tracked:
             return None
-        return self.team.digest(hidden.digest() + ("" if self.full is None else self.full.digest()))
+        beside = [kept.digest() for kept in (self.full, self.gradients) if kept is not None]
+        return self.team.digest("".join([hidden.digest(), *beside]))
 
     def _finished_before(
         self, index: int, block: nn.Module, linears: dict[str, nn.Linear], digest: str | None, packs: list[range]

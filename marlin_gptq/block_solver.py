@@ -22,6 +22,7 @@ from marlin_gptq.group_solver import GroupSolver, Solved
 from marlin_gptq.job import Job
 from marlin_gptq.modeling.linear import pack
 from marlin_gptq.modeling.observe import Calibrated, Groups, collect_cross, collect_hessians, full_precision, stages
+from marlin_gptq.modeling.output_gradients import output_hessians
 from marlin_gptq.modeling.packed import Packed
 from marlin_gptq.modeling.staged import Staged
 from marlin_gptq.modeling.staging import staging
@@ -46,6 +47,7 @@ class BlockSolver:
     parts      codes and scales of what is solved.
     arriving   the samples as they pass: in stages, or from the block's start every time; `advance` takes them on.
     exact      with correct_target those after full-precision blocks, in the same way.
+    outputs    with two_sided M of each linear.
     """
 
     run: RunState
@@ -57,6 +59,7 @@ class BlockSolver:
     parts: dict[str, QuantizedWeight] = field(default_factory=dict)
     # Of the pass that is being solved: how its inputs differ from those of the full-precision stream.
     crosses: dict[str, Cross] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     arriving: Packed | Staged = field(init=False)
     exact: Packed | Staged | None = field(init=False)
 
@@ -78,10 +81,15 @@ class BlockSolver:
         elif self.linears:
             in_order = stages(run.stream, self.index, self.linears, self.samples.activations[0])
             together = [[group for groups in in_order for group in groups]]
+            if run.gradients is not None:
+                with run.costs.measure("gradients"):
+                    self.outputs = output_hessians(run.stream, self.index, self.linears, run.gradients, run.team.add_up)
+                    run.gradients.drop(self.index)
             if config.true_sequential:
                 self._begin_stages(in_order)
             for stage in in_order if config.true_sequential else together:
                 self._solve_stage(stage)
+            self.outputs.clear()
         with full_precision({name: self.linears[name] for name in self.originals}, self.originals):
             run.advance_full(self.index, self.exact)
         if config.tunes_blocks and self.linears:
@@ -147,8 +155,8 @@ class BlockSolver:
         owners = share_out([_cost(group, self.linears) for group in groups], run.team.size)
         own = [group for group, owner in zip(groups, owners, strict=True) if owner == run.team.rank]
         solver = GroupSolver(
-            self.index, self.linears, calibrated, self.crosses, run.config, run.target, run.plan.rows, run.costs,
-            self._told,
+            self.index, self.linears, calibrated, self.crosses, self.outputs, run.config, run.target, run.plan.rows,
+            run.costs, self._told,
         )  # fmt: skip
         solved: dict[str, Solved] = {}
         job = Job.of(run.config, 0, 0, 2, 0)

@@ -74,7 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # What `marlin-quantize` takes unless told otherwise; README, help and documents are tested against it.
 DEFAULT_PRESET = "best"
-_SWITCHES = ("clip", "true_sequential", "signed_scales", "equal_samples", "pack", "tune_codes")
+_SWITCHES = ("clip", "true_sequential", "signed_scales", "equal_samples", "two_sided", "pack", "tune_codes")
 _CHOICES = {"clip_hessian": ("conditional", "plain"), "act_order": ("none", "groups", "columns")}
 _KINDS: dict[Any, str] = {int: "a whole number", (int, float): "a number"}
 _RANGES: dict[str, tuple[Any, float, float]] = {
@@ -114,6 +114,7 @@ class QuantizationConfig:
     equal_samples every sample weighs the same in the Hessian, whatever its length, instead of every token.
     correct_target  share of the correction for inputs that come through quantized blocks, 0 to 1.
     refine_sweeps sweeps of coordinate descent over scales and codes after the pass.
+    two_sided     round under both sides of a linear: its inputs, and the gradients of the loss by its outputs.
     pack          calibrate on equal windows of the documents laid end to end, instead of on each document.
     tune_steps    steps of end-to-end tuning of scales and norm weights against the full-precision model; 0 is none.
     tune_codes    let the end-to-end tuning move codes too.
@@ -145,6 +146,7 @@ class QuantizationConfig:
     equal_samples: bool = False
     correct_target: float = 0.0
     refine_sweeps: int = 0
+    two_sided: bool = False
     pack: bool = False
     tune_steps: int = 0
     tune_codes: bool = False

@@ -43,6 +43,11 @@ def seconds(
         for linear in block.quantized:
             products += updates * linear.out_features * linear.in_features**2
             tried += linear.out_features * linear.in_features * candidates
+        if job.graded:  # a forward, and twice a forward and a backward pass; M and its factors; a sweep of refinement
+            products += 7 * job.graded * sum(x.out_features * x.in_features for x in block.linears)
+            products += sum(job.graded * x.out_features**2 for x in block.quantized)
+            products += sum(3 * x.out_features**2 * (x.out_features + x.in_features) for x in block.quantized)
+            products += sum(4 * x.out_features * x.in_features**2 for x in block.quantized)
         if job.tuned is not None:  # a forward for the target, one to learn, and twice as much backward
             weights = sum(linear.out_features * linear.in_features for linear in block.linears)
             products += 4 * job.tuned.steps * job.tuned.step_tokens * weights

@@ -8,6 +8,8 @@ It is the largest of a run's phases, each the sum of what is then alive; the ter
     factor     block + Hessians + the matrices that one factorisation works on
     solve      block + Hessians + factor + copies of one stacked weight + scratch of the clipping search in plain torch
                (the fused loops of a GPU need less of it); where several are solved side by side, of all of them
+    head       embedding table and output head + what logits of some tokens take, for rounding under both sides
+    gradients  block + what a backward pass keeps (+ M of all its linears, as long as it is solved)
     tune       block, once more as it was + what moves with gradient and moments + what a backward pass keeps
 
 docs/benchmarks.md compares them with measured runs.
@@ -23,9 +25,10 @@ from typing import TypeVar
 from marlin_gptq.estimated_size import output_bytes
 from marlin_gptq.job import Job, Plan
 from marlin_gptq.modeling.outline import BlockOutline, Outline
+from marlin_gptq.modeling.output_gradients import BACKWARD_TOKENS, HEAD_TOKENS
 from marlin_gptq.quantization.grid import CLIP_RATIOS, SCRATCH_ELEMENTS
 from marlin_gptq.quantization.weight import columns_per_group
-from marlin_gptq.tuning.block_memory import tuning_bytes
+from marlin_gptq.tuning.block_memory import backward_bytes, tuning_bytes
 
 # Measured on a CPU, in float32 copies of what they work on (memory at the peak less memory before):
 FACTOR_MATRICES = 7.5  # Hessians: mean, damped, flipped, the Cholesky factor, operands of the triangular solve
@@ -71,6 +74,17 @@ def activation_bytes(outline: Outline, job: Job) -> int:
     return streams(job) * job.tokens * outline.hidden * job.compute_bytes
 
 
+def gradient_bytes(outline: Outline, job: Job) -> int:
+    """What rounding under both sides keeps from its gradients' passes until a block's turn comes, in host memory:
+    inputs of every block and gradients by its outputs, and one set more on the way."""
+    return (2 * len(outline.blocks) + 1) * job.graded * outline.hidden * job.compute_bytes
+
+
+def output_hessian_bytes(block: BlockOutline, job: Job) -> int:
+    """M of all linears of a block."""
+    return sum(4 * x.out_features**2 for x in block.quantized) if job.graded else 0
+
+
 def staged_bytes(outline: Outline, job: Job) -> int:
     """What a true-sequential run in stages keeps inside a block, at most: the output of attention and the inputs of the
     down projections (modeling/staged.py), of experts those of all that a token chooses."""
@@ -95,6 +109,7 @@ def memory(outline: Outline, job: Job, plan: Plan) -> Memory:
     phase, index, device = max(_all_phases(outline, job, plan), key=lambda entry: entry[2])
     waiting = min(2 * max(job.shard_size, table * job.stored_bytes), output_bytes(outline, job.stored_bytes))
     host = waiting + ahead_bytes(outline, job) + (activation_bytes(outline, job) if plan.place == "host" else 0)
+    host += gradient_bytes(outline, job) if plan.place != "disk" else 0
     return Memory(device, host, phase, index)
 
 
@@ -150,7 +165,7 @@ def side_by_side(groups: Sequence[tuple[Group, tuple[int, int]]], limit: int, jo
 def beside_bytes(shape: tuple[int, int], job: Job) -> int:
     """What a weight [out_features, in_features] takes until all of its batch are solved."""
     rows, features = shape
-    beams = _beam_bytes(rows, features, job)
+    beams = _beam_bytes(rows, features, job) + job.two_sided * 3 * 4 * rows * (rows + features)
     return (BESIDE_SQUARES + _beside_solve(job)) * 4 * features**2 + BESIDE_WEIGHTS * rows * features + beams
 
 
@@ -161,13 +176,17 @@ def _all_phases(outline: Outline, job: Job, plan: Plan) -> Iterator[tuple[str, i
     table = max((prod(shape) for _, shape in outline.outer), default=0)
     if job.tokens:
         yield "embed", 0, kept + table * job.compute_bytes
+    if job.graded:  # both tables, and of logits probabilities, gradients and what makes them
+        logits = min(job.longest, HEAD_TOKENS) * (table // max(1, outline.hidden)) * 4 * 3
+        yield "head", 0, kept + 2 * table * job.compute_bytes + logits
     for index, block in enumerate(outline.blocks):
         weights = block.parameters * job.compute_bytes
         codes = sum(linear.in_features * linear.out_features for linear in block.quantized)
         # As they were before, to go on in full precision or to learn from.
         weights += codes * job.compute_bytes if job.corrected or job.tuned else 0
         for phase, size in _phases(outline, block, job, plan):
-            yield phase, index, kept + weights + codes + size + (inside if phase != "tune" else 0)
+            beside = 0 if phase in ("tune", "gradients") else inside + output_hessian_bytes(block, job)
+            yield phase, index, kept + weights + codes + size + beside
 
 
 def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iterator[tuple[str, int]]:
@@ -201,6 +220,10 @@ def _phases(outline: Outline, block: BlockOutline, job: Job, plan: Plan) -> Iter
         shapes = [(sum(x.out_features for x in block.quantized if x.input == name), width) for name, width in stage]
         for batch in side_by_side([(shape, shape) for shape in shapes], plan.side_by_side, job):
             yield "solve", hessians + (len(batch) > 1) * sum(beside_bytes(shape, job) for shape in batch)
+    if job.graded:
+        pack = min(job.graded, max(job.longest, BACKWARD_TOKENS))
+        values = backward_bytes(outline, block, pack, job.longest, job.compute_bytes)
+        yield "gradients", values + output_hessian_bytes(block, job)
     if job.tuned is not None and block.quantized:
         yield "tune", tuning_bytes(outline, block, job.tuned, job.tokens, plan.tuned_tokens, job.compute_bytes)
 
@@ -227,6 +250,9 @@ def _solve_bytes(block: BlockOutline, name: str, stacked: int, rows: int, featur
     solve = SOLVE_WEIGHTS - 1.25 + (job.act_order != "none") + (job.act_order == "columns") + job.corrected
     refine = (REFINE_WEIGHTS - 1.25 + job.corrected) * weight if job.sweeps and job.tokens else 0.0
     solved = solve * weight + scratch + _beam_bytes(rows, features, job)
+    if job.graded and job.tokens:  # targets, weights and errors in another order; M in it, its factor, its inverse
+        squares = sum(4 * x.out_features**2 for x in block.quantized if x.input == name)
+        whole += 3 * stacked * features * 4 + 3 * squares
     return whole + int(max(solved, refine, JUDGE_WEIGHTS * largest * features * 4))
 
 

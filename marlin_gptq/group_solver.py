@@ -19,6 +19,7 @@ from marlin_gptq.modeling.observe import Calibrated, Groups
 from marlin_gptq.quantization.gptq import rtn_quantize
 from marlin_gptq.quantization.hessian import Cross, NotPositiveDefinite, relative_error
 from marlin_gptq.quantization.solve import Prepared, prepare, solve
+from marlin_gptq.quantization.two_sided import UnusableGradients
 from marlin_gptq.quantization.weight import QuantizedWeight
 from marlin_gptq.report import LinearRecord, linear_record
 
@@ -46,7 +47,8 @@ class _Answer:
 class GroupSolver:
     """What solving any group needs.
 
-    linears  of the block, by full name; calibrated and crosses are what was seen of their inputs.
+    linears  of the block, by full name; calibrated and crosses are what was seen of their inputs, outputs the M of
+             `two_sided` of each, if the recipe asks for it.
     target   the dtype of scales; rows of a stacked weight are solved at once, None is all.
     tell     called with each linear's name and relative error when it is done.
     """
@@ -55,6 +57,7 @@ class GroupSolver:
     linears: dict[str, nn.Linear]
     calibrated: Calibrated
     crosses: dict[str, Cross]
+    outputs: dict[str, Tensor]
     config: QuantizationConfig
     target: torch.dtype
     rows: int | None
@@ -115,7 +118,8 @@ class GroupSolver:
     ) -> tuple[Tensor, QuantizedWeight, float]:
         """(the weight, the quantized weight, the damping it took) of linears of one group size.
 
-        Rows are independent: linears of one input are solved as one tall weight under one Hessian.
+        Linears of one input are solved as one tall weight under one Hessian: their rows are independent, or, where M of
+        their outputs joins them, those of different linears.
         """
         group_size = self.config.group_size_of(names[0])
         # First, for a factorisation takes most when no weight has been stacked yet.
@@ -124,7 +128,13 @@ class GroupSolver:
         weight = torch.cat([self._weight(name) for name in names])
         if prepared is None:
             return weight, rtn_quantize(weight, group_size=group_size, scale_dtype=self.target), 0.0
-        quantized = solve(weight, prepared, self.config, self.target, cross=cross, rows=self.rows, costs=costs)
+        outputs = [self.outputs[name] for name in names if name in self.outputs]
+        try:
+            quantized = solve(
+                weight, prepared, self.config, self.target, cross=cross, outputs=outputs, rows=self.rows, costs=costs
+            )
+        except UnusableGradients as error:
+            raise QuantizationError(f"{', '.join(names)}: {error}; use --no-two-sided") from error
         return weight, quantized, prepared.damp_percent
 
     def _of_one_group_size(self, group: list[str]) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.modeling.output_gradients import GRADIENT_TOKENS
 from marlin_gptq.modeling.packed import PACK_TOKENS
 from marlin_gptq.tuning.block_memory import TUNED_TOKENS, TunedBlocks
 from marlin_gptq.tuning.text import WINDOW
@@ -27,6 +28,7 @@ class Job:
     weighted         tokens are weighted, so that a Hessian's inputs are there twice in float32.
     block_size       columns that GPTQ finishes before it updates the rest.
     tuned            blocks are tuned one by one, or None.
+    two_sided        rounding under both sides.
     """
 
     tokens: int
@@ -45,6 +47,12 @@ class Job:
     beams: int = 1
     weighted: bool = False
     block_size: int = 128
+    two_sided: bool = False
+
+    @property
+    def graded(self) -> int:
+        """Tokens whose gradients are taken for rounding under both sides."""
+        return min(self.tokens, max(self.longest, GRADIENT_TOKENS)) if self.two_sided else 0
 
     @classmethod
     def of(cls, config: QuantizationConfig, tokens: int, longest: int, compute_bytes: int, shard_size: int) -> Job:
@@ -70,6 +78,7 @@ class Job:
             beams=config.beam_width,
             weighted=config.token_cap > 0 or config.equal_samples,
             block_size=config.block_size,
+            two_sided=config.two_sided,
         )
 
 

@@ -38,7 +38,9 @@ def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None
         if memory(outline, job, plan).device <= limit:
             return plan
     least = memory(outline, job, plans[-1])
-    where = f"the {least.phase} phase of block {least.block}" if least.phase != "embed" else "the embedding"
+    where = (
+        f"the {least.phase} phase of block {least.block}" if least.phase not in ("embed", "head") else "the embedding"
+    )
     ways = ["a smaller --seq-len"] if least.phase == "forward" else []
     ways += ["--spill host"] if spill == "none" else []
     raise InputError(

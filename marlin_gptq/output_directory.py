@@ -45,6 +45,7 @@ def model_card(report: QuantizeReport) -> str:
             ("beam width of the K-best search", str(config.beam_width)),
             ("samples of equal weight", "yes" if config.equal_samples else "no"),
             ("sweeps of refinement", str(config.refine_sweeps)),
+            ("rounding under both sides", "yes" if config.two_sided else "no"),
             ("steps of tuning, block by block", str(config.tune_block_steps)),
             ("steps of end-to-end tuning", str(config.tune_steps)),
         ]

@@ -1,6 +1,7 @@
 """The whole story: a checkpoint and calibration samples in, a quantized checkpoint out, block by block (block_run.py).
 
 embed all samples
+if the recipe says so, take the gradients of the loss by every block's outputs (modeling/output_gradients.py)
 for each decoder block, alone on the device:
     run the samples through it and sum the Hessian of each distinct input of its linears
     quantize the linears, tune them if the recipe says so (tuning/block.py), pack them, write them
@@ -36,6 +37,7 @@ from marlin_gptq.memory_plan import plan_within, tuning_within
 from marlin_gptq.modeling.architecture import read_config, require_full_precision
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import outline
+from marlin_gptq.modeling.output_gradients import chosen_samples
 from marlin_gptq.output_directory import write_companions
 from marlin_gptq.quantization.loops import PLAIN, inner_loops
 from marlin_gptq.quantization.weight import columns_per_group
@@ -127,7 +129,8 @@ def quantize_model(
     passing = samples if config.method == "gptq" else []
     if passing and config.pack:
         passing = packed(samples, getattr(stream.config, "max_position_embeddings", None))
-    own = _own_samples(passing, team)
+    numbers = _own_samples(passing, team)
+    own = [passing[number] for number in numbers]
     job = job_of(own, config, stream.dtype, shard_size)
     begun = None if work is None else work.fact(TOGETHER)
     plan = team.from_leader(_plan(model_dir, config, job, device, spill, max_gpu_memory, begun))
@@ -151,6 +154,11 @@ def quantize_model(
             hidden = run.embed(own)
             if config.correct_target and config.method == "gptq":
                 run.full = run.copied(hidden)
+        if config.two_sided and config.method == "gptq":
+            with costs.measure("gradients"):
+                chosen = set(chosen_samples([sample.numel() for sample in passing]))
+                run.take_gradients(hidden, {place: n for place, n in enumerate(numbers) if n in chosen})
+            stream.read_ahead(0)
         if writer is not None:
             with costs.measure("write"):
                 run.copy_outer(writer)
@@ -196,13 +204,13 @@ def quantize_model(
     return report
 
 
-def _own_samples(samples: list[Tensor], team: Team) -> list[Tensor]:
-    """This process's share, of about as many tokens as the others'; InputError if there are too few for all."""
+def _own_samples(samples: list[Tensor], team: Team) -> list[int]:
+    """The numbers of this process's share, of about as many tokens as the others'; InputError if there are too few."""
     if samples and len(samples) < team.size:
         raise InputError(
             f"samples: got {len(samples)} for {team.size} processes; give at least one for each, or use fewer processes"
         )
-    return team.mine(samples, [float(sample.numel()) for sample in samples])
+    return team.mine(list(range(len(samples))), [float(sample.numel()) for sample in samples])
 
 
 def job_of(samples: list[Tensor], config: QuantizationConfig, dtype: torch.dtype, shard_size: int) -> Job:

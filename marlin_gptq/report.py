@@ -59,8 +59,9 @@ class ProgressEvent:
 
     note  how far a block's own tuning is, for people.
 
-    Then, if the model is tuned end to end, `done` of `total` windows written by the model (write text), blocks run
-    (teacher) or steps (tune, whose relative_error is the KL in nats) are finished.
+    Before, for rounding under both sides, `done` of `total` passes through a block (gradients) are finished. After, if
+    the model is tuned end to end, `done` of `total` windows written by the model (write text), blocks run (teacher) or
+    steps (tune, whose relative_error is the KL in nats).
     """
 
     stage: str

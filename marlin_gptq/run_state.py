@@ -17,6 +17,7 @@ from marlin_gptq.job import Plan
 from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.architecture import require_finite
 from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.modeling.output_gradients import OutputGradients
 from marlin_gptq.modeling.packed import Packed
 from marlin_gptq.modeling.staged import Staged, advance
 from marlin_gptq.report import BlockRecord, LinearRecord, ProgressEvent
@@ -34,6 +35,7 @@ class RunState:
     records, tuned   of the linears and blocks that are done.
     solved           linears that this process has solved and `records` does not have yet.
     full             with correct_target the samples after full-precision blocks, else None.
+    gradients        with two_sided those of the loss by every block's outputs, else None.
     """
 
     stream: BlockStream
@@ -49,6 +51,7 @@ class RunState:
     tuned: list[BlockRecord] = field(default_factory=list)
     solved: int = 0
     full: Activations | None = None
+    gradients: OutputGradients | None = None
     _told_unstaged: bool = False
 
     def report(self, stage: str, block: int, linear: str | None, error: float | None, note: str = "") -> None:

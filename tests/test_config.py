@@ -70,6 +70,7 @@ def test_skip_matches_anywhere_in_the_name() -> None:
         ({"beam_width": 0}, "beam_width: got 0, expected a whole number from 1 to 64"),
         ({"beam_width": 2.0}, "beam_width: got 2.0, expected a whole number from 1 to 64"),
         ({"equal_samples": 1}, "equal_samples: got 1, expected true or false"),
+        ({"two_sided": "yes"}, "two_sided: got 'yes', expected true or false"),
         ({"refine_sweeps": 1.5}, "refine_sweeps: got 1.5, expected a whole number from 0 to 100"),
         ({"tune_steps": True}, "tune_steps: got True, expected a whole number"),
         ({"tune_rate": 0}, "tune_rate: got 0, expected a number from 1e-07 to 1"),

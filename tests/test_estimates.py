@@ -33,8 +33,10 @@ techniques = dict(correct_target=0.5, signed_scales=True, act_order="groups", re
 beams = dict(beam_width=8, act_order="groups", equal_samples=True)
 blocks = dict(tune_block_steps=2, tune_codes=True)
 sequential = {"true_sequential": True}
+sides = {"two_sided": True}
 both = sequential | techniques
 more = {"techniques": techniques, "blocks": blocks, "beams": beams, "sequential": sequential, "both": both}
+more["sides"] = sides
 gptq, more = method != "rtn", more.get(method, {})
 config = QuantizationConfig(method="gptq" if gptq else "rtn", clip=False, **more)
 found = outline(source, config)
@@ -82,6 +84,7 @@ def test_memory_of_a_measured_run(tmp_path: Path) -> None:
         ({"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 64000}, 64, 1024, "techniques"),
         ({"hidden_size": 512, "intermediate_size": 1408}, 64, 1024, "sequential"),
         ({"hidden_size": 768, "intermediate_size": 2048}, 8, 1024, "both"),
+        ({"hidden_size": 768, "intermediate_size": 2048}, 8, 1024, "sides"),
     ],
 )
 def test_memory_of_larger_measured_runs(tmp_path: Path, shape: dict, count: int, length: int, method: str) -> None:
@@ -110,6 +113,12 @@ def test_more_of_anything_takes_no_less(tmp_path: Path) -> None:
     assert unread[0] == unread[1], "round-to-nearest searches nothing"
     assert beside_bytes((64, 64), replace(job, beams=4)) > beside_bytes((64, 64), job)
     assert memory(found, replace(job, weighted=True), Plan()).device >= base.device
+    sides = replace(job, two_sided=True)
+    assert sides.graded == 16_384 and replace(sides, tokens=100, longest=100).graded == 100 and job.graded == 0
+    assert memory(found, sides, Plan()).host == base.host + 65 * 16_384 * 4096 * 2
+    assert memory(found, sides, Plan("disk")).host == memory(found, job, Plan("disk")).host
+    assert memory(found, sides, Plan()).device > base.device
+    assert beside_bytes((64, 64), sides) > beside_bytes((64, 64), job)
     for technique in ({"corrected": True}, {"act_order": "groups"}, {"sweeps": 1}):
         more = replace(job, **technique)  # type: ignore[arg-type]
         assert memory(found, more, Plan()).device >= base.device + (0 if "sweeps" in technique else 4 * 4096**2), (

@@ -49,6 +49,7 @@ def test_a_run_in_one_piece_keeps_every_block(source: Path, tmp_path: Path, expe
         QuantizationConfig(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1),
         QuantizationConfig(pack=True, act_order="columns", token_cap=4.0, clip_hessian="plain"),
         QuantizationConfig(beam_width=3, equal_samples=True, true_sequential=True),
+        QuantizationConfig(two_sided=True, correct_target=0.5),
         QuantizationConfig(
             correct_target=0.5, tune_block_steps=4, tune_codes=True, skip=("q_",), overrides=(Override("down", 4, 32),)
         ),

@@ -206,9 +206,10 @@ class BlockStream:
             )
         return self._mistakes[make]
 
-    @torch.no_grad()
     def head(self, hidden: Tensor) -> Tensor:
-        """The last block's output [B, T, hidden_size] → logits [B, T, vocab_size]: final norm and output head."""
+        """The last block's output [B, T, hidden_size] → logits [B, T, vocab_size]: final norm and output head.
+
+        Gradients go to `hidden` if it asks for them."""
         self.weights.load_outer()
         with self._asides.leaving(hidden):
             return self.model(inputs_embeds=hidden, use_cache=False).logits

@@ -5,11 +5,13 @@ solve    target W* for the inputs that really arrive                      (corre
          scales and codes by GPTQ                                         (clip, clip_hessian, signed_scales)
          or by a K-best search in its place                               (beam_width)
          scales and codes again                                           (refine_sweeps)
+         all that piece by piece of the rows, for one another's errors    (two_sided)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -25,6 +27,7 @@ from marlin_gptq.quantization.loops import inner_loops
 from marlin_gptq.quantization.order import column_order, group_order, inverse_order
 from marlin_gptq.quantization.refine import refine
 from marlin_gptq.quantization.target import corrected_target
+from marlin_gptq.quantization.two_sided import solve_rows
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, join_rows
 
 
@@ -63,7 +66,7 @@ def prepare(hessian: Tensor, config: QuantizationConfig, group_size: int, costs:
             order = group_order(hessian.diagonal(), columns_per_group(len(hessian), group_size))
         found = factor(hessian if order is None else hessian[order][:, order], damp_percent)
         plain = config.clip_hessian == "plain"
-        wanted = plain or inside is not None or bool(config.refine_sweeps or config.correct_target)
+        wanted = plain or inside is not None or bool(config.refine_sweeps or config.correct_target or config.two_sided)
         damped = damp(hessian, found.damp_percent) if wanted else None
         judged = None
         if plain and damped is not None:
@@ -78,17 +81,32 @@ def solve(
     scale_dtype: torch.dtype,
     *,
     cross: Tensor | None = None,
+    outputs: Sequence[Tensor] = (),
     rows: int | None = None,
     costs: Costs | None = None,
 ) -> QuantizedWeight:
     """Quantize weight [out_features, in_features] as `config` says, under what `prepare` made of its Hessian.
 
-    cross  C of `corrected_target`; needed if config.correct_target is above 0.
-    rows   so many are solved at once; None is all. Rows are independent, so this changes the memory it takes alone.
+    cross    C of `corrected_target`; needed if config.correct_target is above 0.
+    outputs  M of `two_sided`, of each of the linears that are stacked in the weight; needed if config.two_sided.
+    rows     so many are solved at once; None is all. Rows are independent, so this changes the memory it takes alone.
     """
     costs = costs or Costs(weight.device)
-    pieces = weight.split(rows or len(weight))
-    return join_rows([_solve(piece, prepared, config, scale_dtype, cross, costs) for piece in pieces])
+    damped = prepared.damped
+    if not (config.two_sided and outputs and damped is not None):
+        pieces = weight.split(rows or len(weight))
+        return join_rows([_solve(piece, prepared, config, scale_dtype, cross, costs) for piece in pieces])
+    weight = _corrected(weight.float(), cross, damped, config, costs)
+    alone = replace(config, two_sided=False, correct_target=0.0)
+
+    def first(target: Tensor) -> QuantizedWeight:
+        return solve(target, prepared, alone, scale_dtype, rows=rows, costs=costs)
+
+    def again(target: Tensor, part: QuantizedWeight) -> QuantizedWeight:
+        with costs.measure("refine"):
+            return refine(target, part, damped, sweeps=1, block_size=config.block_size)
+
+    return solve_rows(weight, outputs, first, again)
 
 
 def _solve(
@@ -100,9 +118,8 @@ def _solve(
     costs: Costs,
 ) -> QuantizedWeight:
     weight, damped = weight.float(), prepared.damped
-    if cross is not None and damped is not None:
-        with costs.measure("correct target"):
-            weight = corrected_target(weight, cross, damped, config.correct_target)
+    if damped is not None:
+        weight = _corrected(weight, cross, damped, config, costs)
     scales = None
     if prepared.inside is not None and damped is not None:
         # All scales first, from the weights as they are; then single columns by falling diagonal.
@@ -114,6 +131,15 @@ def _solve(
         with costs.measure("refine"):
             quantized = refine(weight, quantized, damped, sweeps=config.refine_sweeps, block_size=config.block_size)
     return quantized
+
+
+def _corrected(
+    weight: Tensor, cross: Tensor | None, damped: Tensor, config: QuantizationConfig, costs: Costs
+) -> Tensor:
+    if cross is None or not config.correct_target:
+        return weight
+    with costs.measure("correct target"):
+        return corrected_target(weight, cross, damped, config.correct_target)
 
 
 def _gptq(

@@ -49,9 +49,15 @@ def tuning_bytes(
         intermediate_size=widest,
     )
     pack = min(tokens, tuned.batch * tuned.sequence, max(tuned.sequence, together))
-    values = pack * (4 * BACKWARD_HIDDEN * outline.hidden + compute_bytes * BACKWARD_INNER * widest)
-    scores = outline.heads * tuned.sequence * 4 * (pack + 2 * tuned.sequence)  # of all samples, and what makes one's
+    values = backward_bytes(outline, block, pack, tuned.sequence, compute_bytes)
     gradient = (4 + compute_bytes) * max(x.in_features * x.out_features for x in block.quantized)
     samples = 2 * tuned.step_tokens * outline.hidden * compute_bytes
     dequantized = sizes.weights * compute_bytes
-    return fixed_bytes(sizes, tuned.moving) + dequantized + values + scores + gradient + samples
+    return fixed_bytes(sizes, tuned.moving) + dequantized + values + gradient + samples
+
+
+def backward_bytes(outline: Outline, block: BlockOutline, pack: int, sequence: int, compute_bytes: int) -> int:
+    """What a block's backward pass keeps or makes of `pack` tokens, in samples of at most `sequence`."""
+    widest = max((max(x.in_features, x.out_features) for x in block.linears), default=0)
+    values = pack * (4 * BACKWARD_HIDDEN * outline.hidden + compute_bytes * BACKWARD_INNER * widest)
+    return values + outline.heads * sequence * 4 * (pack + 2 * sequence)  # scores of all samples, and what makes one's
