@@ -1,4 +1,4 @@
-"""Several processes started by torchrun or accelerate: who this one is, from their environment variables."""
+"""Several processes started by torchrun, accelerate or --processes: who this one is, from environment variables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def team(device: str) -> Iterator[Team]:
-    """The processes that torchrun started with this one, or a team of one; `device` decides between nccl and gloo."""
+    """The processes that were started with this one, or a team of one; `device` decides between nccl and gloo."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Team()
@@ -64,13 +64,23 @@ def threads_as_leader(team: Team) -> None:
         torch.set_num_threads(threads)
 
 
+# Seconds that the process which this one was forked from had lived until then.
+_age_at_fork = 0.0
+
+
+def note_age() -> None:
+    """To be called before a fork: what was imported until then counts for the processes that come of it."""
+    global _age_at_fork
+    _age_at_fork = age()
+
+
 def age() -> float:
     """Seconds since this process began, importing everything included; 0 where the system does not tell."""
     try:
         with open("/proc/self/stat", encoding="utf-8") as file:
             fields = file.read().rpartition(")")[2].split()
         began = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5): since the machine started
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+        return _age_at_fork + max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
     except (OSError, ValueError, IndexError, AttributeError):
         return 0.0
 
@@ -80,5 +90,7 @@ def _local_rank() -> int:
 
     rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if rank >= gpus:
-        raise InputError(f"--nproc-per-node: process {rank + 1} found {gpus} GPUs; start at most as many as there are")
+        raise InputError(
+            f"--processes (or --nproc-per-node): process {rank + 1} found {gpus} GPUs; start as many as there are"
+        )
     return rank

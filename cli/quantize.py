@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from marlin_gptq import __version__
-from marlin_gptq.cli import failures, options, processes, quantize_options, techniques
+from marlin_gptq.cli import failures, options, processes, quantize_options, several, techniques
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.resume import go_on, keeping, options_of, resumed
 from marlin_gptq.config import QuantizationConfig
@@ -35,8 +35,16 @@ from marlin_gptq.work_directory import WorkDirectory
 @options.model_options
 @click.version_option(__version__)
 @click.pass_context
-def main(context: click.Context, **arguments: Any) -> None:
+def main(context: click.Context, **arguments: Any) -> int | None:
     """Quantize MODEL (a directory or a hub id) to 4 bits and pack it for the Marlin kernel."""
+    count = arguments.pop("processes")
+    code = several.fork(1 if arguments["dry_run"] else count)
+    if code is None:
+        _main(context, arguments)
+    return code
+
+
+def _main(context: click.Context, arguments: dict[str, Any]) -> None:
     work: WorkDirectory | None = None
     with processes.team(arguments["device"]) as team:
         if arguments["resume"] is not None:

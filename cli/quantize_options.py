@@ -117,6 +117,14 @@ _HOW: tuple[Callable[..., Any], ...] = (
         help="Keep every finished block in this directory, so that --resume DIR can go on after an interruption.",
     ),
     click.option(
+        "--processes",
+        type=click.IntRange(1),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Share the work among N processes on this machine, each with a GPU of its own; torchrun does the same.",
+    ),
+    click.option(
         "--resume",
         type=click.Path(path_type=Path),
         metavar="DIR",

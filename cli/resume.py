@@ -16,7 +16,7 @@ from marlin_gptq.overrides import read_overrides
 from marlin_gptq.work_directory import WorkDirectory
 
 # They may differ when a run goes on: none of them changes the result.
-FREE = {"as_json", "debug", "offline", "overwrite", "resume", "work_dir", "dry_run", "spill"}
+FREE = {"as_json", "debug", "offline", "overwrite", "resume", "work_dir", "dry_run", "spill", "processes"}
 
 
 def options_of(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_help_names_every_option_of_the_recipe() -> None:
         --true-sequential --signed-scales --clip-hessian --act-order --token-cap --correct-target --refine-sweeps
         --beam-width --equal-samples --two-sided
         --pack --tune-steps --tune-codes --tune-batch --tune-rate --tune-scale-rate --tune-written --tune-block-steps
-        --dtype --device --skip --shard-size --overwrite --json --revision --offline --debug
+        --dtype --device --skip --shard-size --overwrite --processes --json --revision --offline --debug
     """,
         )
     )
