@@ -84,7 +84,8 @@ def _wait(children: dict[int, int]) -> list[int]:
         for child in children:
             os.kill(child, signum)
 
-    before = {each: signal.signal(each, send) for each in (signal.SIGINT, signal.SIGTERM)}
+    heard = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {each: signal.signal(each, send) for each in heard}  # what is ignored here (nohup) is ignored by all
     ends = [(GRACE, signal.SIGTERM), (5 * GRACE, signal.SIGKILL)]  # after the first failure
     failed = 0.0
     try:

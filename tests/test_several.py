@@ -21,6 +21,7 @@ WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 from marlin_gptq.cli import several
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may have been started where it is ignored
 what, folder = sys.argv[1], Path(sys.argv[2])
 code = several.fork(3)
 if code is not None:
