@@ -102,10 +102,10 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         one, two = tensors_of(tmp_path / f"{output}-one"), tensors_of(tmp_path / output)
         assert list(one) == list(two)
         for name in one:
-            if output == "two-sided" and name.endswith(("qweight", "scales")):
+            if output == "two-sided" and name.endswith("scales"):
                 # One code that rounds otherwise moves the targets of all rows behind it, and their scales with them.
-                moved = (one[name].float() - two[name].float()).norm() / one[name].float().norm()
-                assert name.endswith("qweight") or moved < 0.1, (name, moved)
+                assert (one[name].float() - two[name].float()).norm() < 0.1 * one[name].float().norm(), name
+            if output == "two-sided" and name.endswith(("scales", "qweight")):
                 continue
             same = (one[name] == two[name]).float().mean()
             assert same > (0.9 if name.endswith(("qweight", "scales")) else 0.9999), name
