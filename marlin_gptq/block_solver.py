@@ -17,11 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from marlin_gptq.distributed import share_out
+from marlin_gptq.errors import QuantizationError
 from marlin_gptq.estimates import beside_bytes, hessian_passes, side_by_side
 from marlin_gptq.group_solver import GroupSolver, Solved
 from marlin_gptq.job import Job
 from marlin_gptq.modeling.linear import pack
-from marlin_gptq.modeling.observe import Calibrated, Groups, collect_cross, collect_hessians, full_precision, stages
+from marlin_gptq.modeling.observe import (
+    Calibrated,
+    Groups,
+    collect_hessians,
+    collect_with_cross,
+    full_precision,
+    stages,
+)
 from marlin_gptq.modeling.output_gradients import output_hessians
 from marlin_gptq.modeling.packed import Packed
 from marlin_gptq.modeling.staged import Staged
@@ -46,7 +54,7 @@ class BlockSolver:
     originals  weights from before, by full name, where they are needed once more.
     parts      codes and scales of what is solved.
     arriving   the samples as they pass: in stages, or from the block's start every time; `advance` takes them on.
-    exact      with correct_target those after full-precision blocks, in the same way.
+    exact      with correct_target those after full-precision blocks, in the same way; None once they are through.
     outputs    with two_sided M of each linear.
     """
 
@@ -85,6 +93,7 @@ class BlockSolver:
                 with run.costs.measure("gradients"):
                     self.outputs = output_hessians(run.stream, self.index, self.linears, run.gradients, run.team.add_up)
                     run.gradients.drop(self.index)
+                    self._require_numbers()
             if config.true_sequential:
                 self._begin_stages(in_order)
             for stage in in_order if config.true_sequential else together:
@@ -96,6 +105,12 @@ class BlockSolver:
             self.arriving = self.samples  # what else was kept is of the block as it is now, and takes memory
             self._tune()
         return self._tensors()
+
+    def _require_numbers(self) -> None:
+        usable = {name: torch.isfinite(output).all() for name, output in self.outputs.items()}
+        if usable and not bool(torch.stack(list(usable.values())).all()):
+            broken = ", ".join(name for name, is_usable in usable.items() if not is_usable)
+            raise QuantizationError(f"{broken}: the gradients of its outputs hold NaN or Inf; use --no-two-sided")
 
     def _begin_stages(self, in_order: list[Groups]) -> None:
         """From here on each pass goes on from the one before, where there is memory for what that keeps.
@@ -118,8 +133,9 @@ class BlockSolver:
     def _solve_stage(self, stage: Groups) -> None:
         """Calibrate and solve these groups, and put what came of it into the block."""
         solved: list[str] = []
-        for groups in self._passes(stage):
-            found = self._calibrate(groups)
+        passes = self._passes(stage)
+        for number, groups in enumerate(passes, 1):
+            found = self._calibrate(groups, not self.run.config.true_sequential and number == len(passes))
             self._solve(groups, found)
             solved += [name for group in groups for name in group]
         self._replace_weights(solved)  # now, not earlier, so that every pass of a stage sees the same
@@ -133,20 +149,25 @@ class BlockSolver:
         sizes = [(name, self.linears[name].in_features) for name in by_name]
         return [[by_name[name] for name in names] for names in hessian_passes(sizes, self.run.plan.hessian_bytes)]
 
-    def _calibrate(self, groups: Groups) -> Calibrated:
+    def _calibrate(self, groups: Groups, last: bool) -> Calibrated:
+        """last: no other pass of the full-precision stream through this block is to come."""
         run = self.run
         weighing = run.config.token_cap, run.config.equal_samples
-        with run.costs.measure("hessians"):
-            found = collect_hessians(
-                run.stream, self.index, groups, self.linears, self.arriving, run.team.add_up, *weighing
-            )  # fmt: skip
-        self._warn_of_starved(found)
-        if self.exact is not None:
-            with run.costs.measure("correct target"):
-                self.crosses = collect_cross(
-                    run.stream, self.index, groups, self.linears, self.originals, self.arriving, self.exact,
-                    run.team.add_up, *weighing,
+        if self.exact is None:
+            with run.costs.measure("hessians"):
+                found = collect_hessians(
+                    run.stream, self.index, groups, self.linears, self.arriving, run.team.add_up, *weighing
                 )  # fmt: skip
+            self._warn_of_starved(found)
+            return found
+        finish = last and isinstance(self.exact, Packed) and self.index + 1 < run.stream.n_blocks
+        with run.costs.measure("hessians and corrections"):
+            found, self.crosses = collect_with_cross(
+                run.stream, self.index, groups, self.linears, self.originals, self.arriving, self.exact,
+                run.team.add_up, *weighing, finish,
+            )  # fmt: skip
+        if finish:
+            self.exact = None
         return found
 
     def _solve(self, groups: Groups, calibrated: Calibrated) -> None:

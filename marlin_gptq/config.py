@@ -65,7 +65,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "act_order": "groups",
         "refine_sweeps": 1,
         "pack": True,
-        "tune_steps": 250,
+        "correct_target": 0.5,
+        "two_sided": True,
+        # Where tuning is asked for (--tune-steps):
         "tune_codes": True,
         "tune_batch": 8,
         "tune_rate": 1e-3,

@@ -9,6 +9,7 @@ from marlin_gptq.estimates import experts_of, inputs_of
 from marlin_gptq.job import Job
 from marlin_gptq.modeling.outline import Outline
 from marlin_gptq.quantization.grid import CLIP_RATIOS
+from marlin_gptq.quantization.two_sided import SWEEPS
 
 # Measured time over what `seconds` counts: five runs on a CPU took 1.13 to 1.39 of it.
 OTHER_WORK = 1.25
@@ -29,7 +30,7 @@ def seconds(
     """
     products, tried = 0.0, 0.0
     # Of all tokens: without and with a corrected target. Those of true-sequential calibration are counted for a Llama.
-    passes = ((1, 2) if staged else (2.3, 5.5) if job.true_sequential else (2, 5))[job.corrected]
+    passes = ((1, 2) if staged else (2.3, 4.5) if job.true_sequential else (2, 3))[job.corrected]
     candidates = len(CLIP_RATIOS) * job.clip * (3 if job.signed else 1)
     updates = 0.5 + 4 * job.sweeps + 2 * job.corrected  # products of a weight with a matrix like the Hessian
     factors = 3 if job.act_order == "columns" else 2
@@ -43,11 +44,12 @@ def seconds(
         for linear in block.quantized:
             products += updates * linear.out_features * linear.in_features**2
             tried += linear.out_features * linear.in_features * candidates
-        if job.graded:  # a forward, and twice a forward and a backward pass; M and its factors; a sweep of refinement
+        if job.graded:  # a forward, and twice a forward and a backward pass; M; the sweeps
             products += 7 * job.graded * sum(x.out_features * x.in_features for x in block.linears)
             products += sum(job.graded * x.out_features**2 for x in block.quantized)
-            products += sum(3 * x.out_features**2 * (x.out_features + x.in_features) for x in block.quantized)
-            products += sum(4 * x.out_features * x.in_features**2 for x in block.quantized)
+            for x in block.quantized:  # of a sweep one, and four with the refinement; one before the first
+                products += (SWEEPS + 1) * x.out_features**2 * x.in_features
+                products += (4 * SWEEPS + 1) * x.out_features * x.in_features**2
         if job.tuned is not None:  # a forward for the target, one to learn, and twice as much backward
             weights = sum(linear.out_features * linear.in_features for linear in block.linears)
             products += 4 * job.tuned.steps * job.tuned.step_tokens * weights

@@ -38,6 +38,9 @@ JUDGE_WEIGHTS = 6  # one linear's weight: dequantized, difference, image, their 
 # Counted, not measured, as are the matrices of `_beside_factor` and `_beside_solve`; runs with them lie within the
 # same bounds (tests/test_estimates.py).
 REFINE_WEIGHTS = 5.5  # weights: as given, dequantized, centred codes, residual, its product with the Hessian
+# Of rounding under both sides, weights: as given, dequantized, its errors, moves and targets of half the rows, and
+# what refining those takes.
+SIDES_WEIGHTS = 6
 # Of the K-best search, for each beginning kept: copies of the weight (compensated, once more in order, codes), and
 # float32 values for each column of a block (path, traced path, block and its copy).
 BEAM_WEIGHTS, BEAM_BLOCK = 2.25, 9
@@ -165,7 +168,7 @@ def side_by_side(groups: Sequence[tuple[Group, tuple[int, int]]], limit: int, jo
 def beside_bytes(shape: tuple[int, int], job: Job) -> int:
     """What a weight [out_features, in_features] takes until all of its batch are solved."""
     rows, features = shape
-    beams = _beam_bytes(rows, features, job) + job.two_sided * 3 * 4 * rows * (rows + features)
+    beams = _beam_bytes(rows, features, job) + job.two_sided * int(4 * rows * (1.5 * rows + SIDES_WEIGHTS * features))
     return (BESIDE_SQUARES + _beside_solve(job)) * 4 * features**2 + BESIDE_WEIGHTS * rows * features + beams
 
 
@@ -250,10 +253,11 @@ def _solve_bytes(block: BlockOutline, name: str, stacked: int, rows: int, featur
     solve = SOLVE_WEIGHTS - 1.25 + (job.act_order != "none") + (job.act_order == "columns") + job.corrected
     refine = (REFINE_WEIGHTS - 1.25 + job.corrected) * weight if job.sweeps and job.tokens else 0.0
     solved = solve * weight + scratch + _beam_bytes(rows, features, job)
-    if job.graded and job.tokens:  # targets, weights and errors in another order; M in it, its factor, its inverse
+    both = 0
+    if job.graded and job.tokens:  # beside the weights M damped, and half of its columns
         squares = sum(4 * x.out_features**2 for x in block.quantized if x.input == name)
-        whole += 3 * stacked * features * 4 + 3 * squares
-    return whole + int(max(solved, refine, JUDGE_WEIGHTS * largest * features * 4))
+        both = int(1.5 * squares) + SIDES_WEIGHTS * stacked * features * 4
+    return whole + int(max(solved, refine, both, JUDGE_WEIGHTS * largest * features * 4))
 
 
 def _beam_bytes(rows: int, features: int, job: Job) -> int:

@@ -19,7 +19,6 @@ from marlin_gptq.modeling.observe import Calibrated, Groups
 from marlin_gptq.quantization.gptq import rtn_quantize
 from marlin_gptq.quantization.hessian import Cross, NotPositiveDefinite, relative_error
 from marlin_gptq.quantization.solve import Prepared, prepare, solve
-from marlin_gptq.quantization.two_sided import UnusableGradients
 from marlin_gptq.quantization.weight import QuantizedWeight
 from marlin_gptq.report import LinearRecord, linear_record
 
@@ -129,12 +128,9 @@ class GroupSolver:
         if prepared is None:
             return weight, rtn_quantize(weight, group_size=group_size, scale_dtype=self.target), 0.0
         outputs = [self.outputs[name] for name in names if name in self.outputs]
-        try:
-            quantized = solve(
-                weight, prepared, self.config, self.target, cross=cross, outputs=outputs, rows=self.rows, costs=costs
-            )
-        except UnusableGradients as error:
-            raise QuantizationError(f"{', '.join(names)}: {error}; use --no-two-sided") from error
+        quantized = solve(
+            weight, prepared, self.config, self.target, cross=cross, outputs=outputs, rows=self.rows, costs=costs
+        )
         return weight, quantized, prepared.damp_percent
 
     def _of_one_group_size(self, group: list[str]) -> list[list[str]]:

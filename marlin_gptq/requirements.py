@@ -76,12 +76,13 @@ def require_combination(
     if experts and config.method == "gptq" and config.correct_target:
         raise InputError(
             f"correct_target: got {config.correct_target:g} for a model with experts, whose tokens go to other experts "
-            "in full precision than in the quantized model, so that their inputs cannot be compared; use 0"
+            "in full precision than in the quantized model, so that their inputs cannot be compared; use 0 (or "
+            "--preset marlin)"
         )
     if experts and config.method == "gptq" and config.two_sided:
         raise InputError(
             "two_sided: got true for a model with experts, whose gradients most experts see of too few tokens; use "
-            "--no-two-sided"
+            "--no-two-sided (or --preset marlin)"
         )
     _require_tunable_blocks(config, processes=processes, limited=limited, experts=experts)
     if not config.tunes:

@@ -36,6 +36,8 @@ from marlin_gptq.text_sources import load_documents
 
 # What the pass itself can do: everything of `best` but the tuning.
 _PASS = {name: value for name, value in PRESETS["best"].items() if not name.startswith("tune")}
+# One-sided, with all weights tuned for a short time: what `fast` was before.
+_SHORT = {"two_sided": False, "correct_target": 0.0, "tune_steps": 250}
 # Each variant: the preset it starts from and what it changes.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("marlin", {"method": "rtn"}),
@@ -73,32 +75,33 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "marlin",
         _PASS | {"tune_block_steps": 100, "tune_scale_rate": 1e-3},
     ),
-    "fast, blocks tuned instead of the model": ("fast", {"tune_steps": 0, "tune_block_steps": 250}),
-    "fast, blocks tuned too": ("fast", {"tune_block_steps": 250}),
+    "short tuning, blocks tuned instead": ("fast", _SHORT | {"tune_steps": 0, "tune_block_steps": 250}),
+    "short tuning, blocks tuned too": ("fast", _SHORT | {"tune_block_steps": 250}),
     "best, scales and norms only": ("best", {"tune_codes": False}),
     "best, calibration text only": ("best", {"tune_written": 0}),
     "best, corrected target 0.25": ("best", {"correct_target": 0.25}),
     "best, larger rates": ("best", {"tune_rate": 7e-4, "tune_scale_rate": 1e-3}),
     "best, a quarter as long": ("best", {"tune_steps": 1000, "tune_written": 2048}),
-    "fast": ("fast", {}),
-    "fast, untuned": ("fast", {"tune_steps": 0}),
-    "fast, 50 steps": ("fast", {"tune_steps": 50}),
-    "fast, 100 steps": ("fast", {"tune_steps": 100}),
-    "fast, 150 steps": ("fast", {"tune_steps": 150}),
-    "fast, corrected target 0.25": ("fast", {"correct_target": 0.25}),
-    "fast, untuned, corrected target 0.25": ("fast", {"tune_steps": 0, "correct_target": 0.25}),
-    "fast, untuned, two-sided, corrected target 0.5": (
-        "fast",
-        {"tune_steps": 0, "two_sided": True, "correct_target": 0.5},
-    ),
-    "fast, two-sided": ("fast", {"two_sided": True}),
     "best, two-sided": ("best", {"two_sided": True}),
-    "fast, 100 steps, twice the rate": ("fast", {"tune_steps": 100, "tune_rate": 2e-3}),
-    "fast, 4 windows a step": ("fast", {"tune_batch": 4}),
-    "fast, 2 windows a step": ("fast", {"tune_batch": 2}),
-    "fast, 500 steps of 2 windows": ("fast", {"tune_batch": 2, "tune_steps": 500}),
-    "fast, 2 windows a step, rate 7e-4": ("fast", {"tune_batch": 2, "tune_rate": 7e-4}),
-    "fast, 2 sweeps": ("fast", {"refine_sweeps": 2}),
+    "fast": ("fast", {}),
+    "fast, one-sided": ("fast", {"two_sided": False}),
+    "fast, target not corrected": ("fast", {"correct_target": 0.0}),
+    "fast, one-sided, target not corrected": ("fast", _SHORT | {"tune_steps": 0}),
+    "fast, two sweeps first": ("fast", {"refine_sweeps": 2}),
+    "fast, 50 steps": ("fast", {"tune_steps": 50}),
+    "fast, 250 steps": ("fast", {"tune_steps": 250}),
+    "short tuning": ("fast", _SHORT),
+    "short tuning, 50 steps": ("fast", _SHORT | {"tune_steps": 50}),
+    "short tuning, 100 steps": ("fast", _SHORT | {"tune_steps": 100}),
+    "short tuning, 150 steps": ("fast", _SHORT | {"tune_steps": 150}),
+    "short tuning, corrected target 0.25": ("fast", _SHORT | {"correct_target": 0.25}),
+    "short tuning, two-sided": ("fast", _SHORT | {"two_sided": True}),
+    "short tuning, 100 steps, twice the rate": ("fast", _SHORT | {"tune_steps": 100, "tune_rate": 2e-3}),
+    "short tuning, 4 windows a step": ("fast", _SHORT | {"tune_batch": 4}),
+    "short tuning, 2 windows a step": ("fast", _SHORT | {"tune_batch": 2}),
+    "short tuning, 500 steps of 2 windows": ("fast", _SHORT | {"tune_batch": 2, "tune_steps": 500}),
+    "short tuning, 2 windows a step, rate 7e-4": ("fast", _SHORT | {"tune_batch": 2, "tune_rate": 7e-4}),
+    "short tuning, 2 sweeps": ("fast", _SHORT | {"refine_sweeps": 2}),
     "best": ("best", {}),
 }
 

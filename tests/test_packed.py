@@ -20,8 +20,9 @@ from marlin_gptq.job import Plan
 from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.architecture import block_linears
 from marlin_gptq.modeling.blocks import BlockStream
-from marlin_gptq.modeling.observe import collect_cross, collect_hessians, stages
+from marlin_gptq.modeling.observe import collect_hessians, collect_with_cross, stages
 from marlin_gptq.modeling.packed import PACK_TOKENS, Packed, joined_arguments, kind_of, packs_of, within_samples
+from marlin_gptq.modeling.staged import advance
 from marlin_gptq.work_directory import WorkDirectory
 
 CPU = torch.device("cpu")
@@ -181,10 +182,40 @@ def test_differences_from_full_precision_are_those_of_each_sample_alone(tmp_path
         packs = stream.packs(0, hidden.shapes, 100)
         assert 1 < len(packs) < 6
         pairs = [(one_by_one(hidden), one_by_one(full)), (Packed(hidden, packs), Packed(full, packs))]
-        alone, shared = (collect_cross(stream, 0, groups, linears, originals, *pair) for pair in pairs)
+        (hessians, alone), (_, shared) = (
+            collect_with_cross(stream, 0, groups, linears, originals, *pair) for pair in pairs
+        )
+        expected = collect_hessians(stream, 0, groups, linears, one_by_one(hidden))
     for name, cross in alone.items():
+        assert torch.equal(hessians.hessians[name].sum, expected.hessians[name].sum)
+        assert hessians.tokens == expected.tokens
         assert shared[name].tokens == cross.tokens
         torch.testing.assert_close(shared[name].sum, cross.sum, rtol=1e-4, atol=1e-3)
+
+
+def test_one_pass_compares_with_full_precision_and_takes_it_on(tmp_path: Path) -> None:
+    """`finish`: the same differences to the bit, and the full-precision stream is behind the block."""
+    stream = BlockStream(loud_model(tmp_path / "model"), device=CPU)
+    hidden, *fulls = (embedded(stream, random_samples(6)) for _ in range(4))
+    for position, sample in enumerate(hidden):
+        hidden.put(position, sample + 0.1 * torch.randn(sample.shape))
+    found = []
+    with stream.block(0) as block:
+        linears = block_linears(block, stream.block_name(0))
+        originals = {name: linear.weight.data for name, linear in linears.items()}
+        groups = [group for stage in stages(stream, 0, linears, hidden[0]) for group in stage]
+        packs = stream.packs(0, hidden.shapes, 100)
+        advance(stream, 0, Packed(fulls[2], packs))
+        for linear in linears.values():  # as they are once some are quantized
+            linear.weight = nn.Parameter(linear.weight * 1.1, requires_grad=False)
+        for finish, full in zip((False, True), fulls, strict=False):
+            samples = Packed(hidden, packs), Packed(full, packs)
+            found.append(collect_with_cross(stream, 0, groups, linears, originals, *samples, finish=finish))
+    for (one, one_cross), (other, other_cross) in [found]:
+        assert all(torch.equal(one.hessians[name].sum, other.hessians[name].sum) for name in one.hessians)
+        assert all(torch.equal(one_cross[name].sum, other_cross[name].sum) for name in one_cross)
+    assert all(torch.equal(a, b) for a, b in zip(fulls[1], fulls[2], strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(fulls[0], fulls[2], strict=True))
 
 
 # ---- what stays alone

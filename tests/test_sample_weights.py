@@ -13,7 +13,7 @@ from marlin_gptq import InputError, QuantizationConfig, quantize_model
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.modeling.architecture import block_linears
 from marlin_gptq.modeling.blocks import BlockStream
-from marlin_gptq.modeling.observe import collect_cross, collect_hessians, stages
+from marlin_gptq.modeling.observe import collect_hessians, collect_with_cross, stages
 from marlin_gptq.modeling.sample_weights import SampleWeights
 from marlin_gptq.quantization.hessian import Cross, Hessian, equal_samples, token_weights
 
@@ -149,7 +149,7 @@ def test_a_blocks_hessians_and_crosses(tmp_path: Path, together: bool) -> None:
             assert stream.packs(0, [(1, length) for length in lengths], 1000) == [range(3)]
         found = collect_hessians(stream, 0, groups, linears, passed(samples), equal_samples=True)
         originals = {name: linear.weight.data for name, linear in linears.items()}
-        crosses = collect_cross(
+        both, crosses = collect_with_cross(
             stream, 0, groups, linears, originals, passed(samples), passed(other), equal_samples=True
         )
     for name, inputs in seen.items():
@@ -157,6 +157,7 @@ def test_a_blocks_hessians_and_crosses(tmp_path: Path, together: bool) -> None:
             found.hessians[name].mean(), by_hand(list(zip(inputs[:3], lengths, strict=True))), rtol=1e-3, atol=1e-5
         )
         assert found.tokens[name] == 86
+        assert torch.equal(both.hessians[name].mean(), found.hessians[name].mean())
         each = [2 * (x - y).t() @ y / len(y) for y, x in zip(inputs[:3], inputs[3:], strict=True)]
         torch.testing.assert_close(crosses[name].mean(), torch.stack(each).mean(0), rtol=1e-3, atol=1e-4)
 

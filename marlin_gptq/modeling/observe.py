@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from marlin_gptq.errors import InputError
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.experts import Enough, Experts, expert_lists
+from marlin_gptq.modeling.packed import Packed
 from marlin_gptq.modeling.sample_weights import SampleWeights
 from marlin_gptq.modeling.staged import Staged, enough
 from marlin_gptq.quantization.hessian import Cross, Hessian
@@ -226,7 +227,7 @@ def _expert_groups(block: nn.Module, prefix: str, linears: dict[str, nn.Linear])
     return list(pairs.values()), downs
 
 
-def collect_cross(
+def collect_with_cross(
     stream: BlockStream,
     index: int,
     groups: Groups,
@@ -237,39 +238,64 @@ def collect_cross(
     add_up: AddUp = lambda _: None,
     token_cap: float = 0.0,
     equal_samples: bool = False,
-) -> dict[str, Cross]:
-    """For each group, keyed by its first linear, how its inputs differ from those of the full-precision model.
+    finish: bool = False,
+) -> tuple[Calibrated, dict[str, Cross]]:
+    """As `collect_hessians`, and for each group how its inputs differ from those of the full-precision model.
 
     groups        in the order they run, none of them experts'.
     hidden, full  the block's inputs after quantized and after full-precision blocks, the same samples at a time.
     originals     the block's weights before any of it was quantized.
-    add_up, token_cap, equal_samples  as of `collect_hessians`.
+    finish        `full` then becomes what the full-precision block makes of it, which saves a pass; not for what is on
+                  its way in stages.
     """
+    hessians = {group[0]: Hessian(linears[group[0]].in_features, stream.device) for group in groups}
     crosses = {group[0]: Cross(linears[group[0]].in_features, stream.device) for group in groups}
+    last = linears[groups[-1][0]]
     caught: dict[str, Tensor] = {}
 
     def catch(name: str) -> Callable[[nn.Module, tuple], None]:
         return lambda _, args: caught.__setitem__(name, args[0])
 
+    def stopped(run: Callable[[], Tensor]) -> None:
+        hook = last.register_forward_pre_hook(enough)
+        try:
+            with suppress(Enough):
+                run()
+        finally:
+            hook.remove()
+
+    def compare(wanted: dict[str, Tensor], arriving: Callable[[], Tensor]) -> None:
+        stopped(arriving)
+        for name, cross in crosses.items():
+            inputs = caught.pop(name)
+            of_tokens = None if weights is None else weights.of(name, inputs)
+            hessians[name].add(inputs, token_cap, of_tokens)
+            cross.add(wanted.pop(name), inputs, token_cap, of_tokens)
+
     hooks = [linears[name].register_forward_pre_hook(catch(name)) for name in crosses]
-    hooks.append(linears[groups[-1][0]].register_forward_pre_hook(enough))
     weights = SampleWeights(stream.block_module(index), {}) if equal_samples else None
     hooks += weights.hooks if weights is not None else []
+    runs = iter(_runs(stream, index, hidden))
+
+    def whole(sample: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        with full_precision(linears, originals):
+            output = stream.run(index, sample.to(stream.device), lengths)
+        compare(dict(caught), next(runs))
+        return output
+
     try:
-        for arriving, exact in zip(_runs(stream, index, hidden), _runs(stream, index, full), strict=True):
-            with full_precision(linears, originals), suppress(Enough):
-                exact()
-            wanted = dict(caught)
-            with suppress(Enough):
-                arriving()
-            for name, cross in crosses.items():
-                inputs = caught[name]
-                cross.add(wanted[name], inputs, token_cap, None if weights is None else weights.of(name, inputs))
+        if finish and isinstance(full, Packed):
+            full.advance(whole)
+        else:
+            for exact, arriving in zip(_runs(stream, index, full), runs, strict=True):
+                with full_precision(linears, originals):
+                    stopped(exact)
+                compare(dict(caught), arriving)
     finally:
         for hook in hooks:
             hook.remove()
-    add_up(crosses.values())
-    return crosses
+    add_up([*hessians.values(), *crosses.values()])
+    return Calibrated(hessians, {name: hessian.tokens for name, hessian in hessians.items()}), crosses
 
 
 @contextmanager

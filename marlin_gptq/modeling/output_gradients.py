@@ -29,7 +29,7 @@ from marlin_gptq.quantization.hessian import Cross, Hessian
 # Tokens of samples whose gradients are taken: M has far fewer directions that matter than H, so that these are enough.
 GRADIENT_TOKENS = 16_384
 # Of those that pass a block together, unless one sample alone has more: a backward pass keeps all that was computed.
-BACKWARD_TOKENS = 4096
+BACKWARD_TOKENS = 8192
 # Of those whose logits are there together.
 HEAD_TOKENS = 1024
 

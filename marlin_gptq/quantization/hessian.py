@@ -44,7 +44,7 @@ class Hessian:
         vectors = inputs.reshape(-1, inputs.shape[-1])
         self.tokens += vectors.shape[0]
         self.total += _total(vectors, weights)
-        if weights is None and token_cap <= 0 and vectors.is_cuda and vectors.dtype in (torch.float16, torch.bfloat16):
+        if _as_they_are(vectors, token_cap, weights):
             for start, stop in self._panels():
                 panel = self.sum[start:stop, :stop]
                 torch.addmm(panel, vectors[:, start:stop].t(), vectors[:, :stop], torch.float32, alpha=2.0, out=panel)
@@ -93,11 +93,18 @@ class Cross:
         self.total = 0.0
 
     def add(self, full: Tensor, arriving: Tensor, token_cap: float = 0.0, weights: Tensor | None = None) -> None:
-        """full x and arriving x̃, [..., in_features] each, the same tokens; weighted as in `Hessian.add`."""
-        x, y = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (full, arriving))
-        self.sum.addmm_((x - y).t(), _weighted(y, token_cap, weights), alpha=2.0)
+        """full x and arriving x̃, [..., in_features] each, the same tokens; weighted as in `Hessian.add`.
+
+        On a GPU 16-bit inputs are subtracted and multiplied as they are: their difference is rounded to 16 bits once.
+        """
+        x, y = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (full, arriving))
         self.tokens += len(x)
         self.total += _total(y, weights)
+        if _as_they_are(y, token_cap, weights):
+            torch.addmm(self.sum, (x - y).t(), y, torch.float32, alpha=2.0, out=self.sum)
+        else:
+            x, y = x.float(), y.float()
+            self.sum.addmm_((x - y).t(), _weighted(y, token_cap, weights), alpha=2.0)
 
     def mean(self) -> Tensor:
         """C, normalised by the tokens' weights."""
@@ -122,6 +129,11 @@ def equal_samples(lengths: Sequence[int], copies: int, device: torch.device) -> 
     """
     sizes = torch.tensor(lengths, dtype=torch.int64, device=device)
     return (1 / sizes.float()).repeat_interleave(sizes).repeat(copies)
+
+
+def _as_they_are(vectors: Tensor, token_cap: float, weights: Tensor | None) -> bool:
+    """Whether tensor cores can multiply them, in 16 bits with sums in float32."""
+    return weights is None and token_cap <= 0 and vectors.is_cuda and vectors.dtype in (torch.float16, torch.bfloat16)
 
 
 def _total(vectors: Tensor, weights: Tensor | None) -> float:

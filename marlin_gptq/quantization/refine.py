@@ -9,6 +9,8 @@ taken from the columns behind it at once, as GPTQ pushes its errors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,18 @@ def refine(
         quantized = refit_scales(weight, quantized, hessian, block_size)
         quantized = descend_codes(weight, quantized, hessian, block_size)
     return quantized
+
+
+def product_of(quantized: QuantizedWeight, block_size: int = 128) -> Callable[[Tensor, Tensor], Tensor]:
+    """(left, right) → leftᵀ·right, float32, by the loops that refine this weight."""
+    loops = _loops(quantized, block_size)
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        total = torch.zeros(left.shape[1], right.shape[1], device=left.device)
+        loops.push_errors(total, left.contiguous(), right)
+        return total.neg_()
+
+    return product
 
 
 def _loops(quantized: QuantizedWeight, block_size: int) -> Loops:

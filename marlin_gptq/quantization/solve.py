@@ -25,9 +25,9 @@ from marlin_gptq.quantization.hessian import damp, factor
 from marlin_gptq.quantization.kbest import kbest_quantize
 from marlin_gptq.quantization.loops import inner_loops
 from marlin_gptq.quantization.order import column_order, group_order, inverse_order
-from marlin_gptq.quantization.refine import refine
+from marlin_gptq.quantization.refine import product_of, refine
 from marlin_gptq.quantization.target import corrected_target
-from marlin_gptq.quantization.two_sided import solve_rows
+from marlin_gptq.quantization.two_sided import refine_both_sides
 from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group, join_rows
 
 
@@ -99,14 +99,17 @@ def solve(
     weight = _corrected(weight.float(), cross, damped, config, costs)
     alone = replace(config, two_sided=False, correct_target=0.0)
 
-    def first(target: Tensor) -> QuantizedWeight:
-        return solve(target, prepared, alone, scale_dtype, rows=rows, costs=costs)
+    quantized = solve(weight, prepared, alone, scale_dtype, rows=rows, costs=costs)
 
-    def again(target: Tensor, part: QuantizedWeight) -> QuantizedWeight:
-        with costs.measure("refine"):
-            return refine(target, part, damped, sweeps=1, block_size=config.block_size)
+    def again(target: Tensor, found: QuantizedWeight) -> QuantizedWeight:
+        step, parts = rows or len(target), []
+        for first in range(0, len(target), step):
+            part = found.rows(first, min(first + step, len(target)))
+            parts.append(refine(target[first : first + step], part, damped, sweeps=1, block_size=config.block_size))
+        return join_rows(parts)
 
-    return solve_rows(weight, outputs, first, again)
+    with costs.measure("two-sided"):
+        return refine_both_sides(weight, quantized, damped, outputs, again, product_of(quantized, config.block_size))
 
 
 def _solve(

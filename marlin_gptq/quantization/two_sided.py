@@ -5,155 +5,139 @@ see some directions of its outputs and hardly others. With H of the inputs x and
 gradients g by the outputs, what an error E = Q − W costs is about
 
     tr(M·E·H·Eᵀ)      (the loss's Fisher matrix as a Kronecker product: Martens and Grosse, "Optimizing Neural Networks
-                       with Kronecker-factored Approximate Curvature", arXiv 1503.05671)
+                       with Kronecker-factored Approximate Curvature", arXiv 1503.05671; for rounding Tseng et al.,
+                       "Model-Preserving Adaptive Rounding", arXiv 2505.22988)
 
-Under it rows are no longer independent: as a column's error is pushed onto the columns still to come, a row's is pushed
-onto the rows still to come (Tseng et al., "Model-Preserving Adaptive Rounding", arXiv 2505.22988). Rows are taken in
-a few pieces, those of the dearest outputs first. In each piece GPTQ runs as ever, towards a target that makes up for
-the errors of the pieces before; then, sweep by sweep, each piece is refined once more for the errors of all the others.
+Under it rows are no longer independent: each can make up for the errors of the others. To let them do so one after the
+other would take the time of as many passes, and all at once they go too far together. Here rows lie in PIECEs, and
+every COLOURS-th piece is refined at once, towards where it would best be if all other pieces stayed. What the loss sees
+alike mostly lies side by side (in one head of attention), so in one piece or in pieces of different colours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from marlin_gptq.quantization.hessian import damp, inverse_factor
+from marlin_gptq.quantization.hessian import damp
 from marlin_gptq.quantization.weight import QuantizedWeight
 
 # Of the mean diagonal, added to M's: the Kronecker product is a rough likeness, and must not be believed to the last.
 OUTPUT_DAMP = 1.0
-# Into so many pieces the rows are cut: each is solved after the other.
-PIECES = 8
-# Over all pieces, behind the first time.
-SWEEPS = 1
+PIECE, COLOURS, SWEEPS = 32, 2, 3
+# How much nearer the targets of the next sweep are after one that went too far.
+NEARER = 0.8
 
-Solve = Callable[[Tensor], QuantizedWeight]
+# Better codes and scales of all rows for this target in the place of the weight.
 Refine = Callable[[Tensor, QuantizedWeight], QuantizedWeight]
+# (left, right) → leftᵀ·right, float32.
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
-class UnusableGradients(ValueError):
-    """M holds what is no number."""
+class Outputs(NamedTuple):
+    """Of one linear M + λI [out_features, out_features], and of each colour its rows and the inverses of its blocks.
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one linear inside a stacked weight, as they are taken.
-
-    order   their numbers in the stacked weight, the dearest first.
-    damped  M + λI in that order; upper is U of it, (M + λI)⁻¹ = Uᵀ·U.
-    bounds  of the pieces, in `order`.
+    inverses [pieces, PIECE, PIECE]; a last piece is filled up with rows of the identity.
     """
 
-    order: Tensor
     damped: Tensor
-    upper: Tensor
-    bounds: list[int]
+    rows: list[Tensor]
+    inverses: list[Tensor]
 
-    def piece(self, number: int) -> slice:
-        return slice(self.bounds[number], self.bounds[number + 1])
+    @classmethod
+    def of(cls, output: Tensor) -> Outputs:
+        """From M."""
+        damped = damp(output, OUTPUT_DAMP)
+        missing = -len(damped) % PIECE
+        filled = pad(damped, (0, missing, 0, missing))
+        filled.diagonal()[len(damped) :] = 1
+        firsts = range(0, len(filled), PIECE)
+        blocks = torch.stack([filled[first : first + PIECE, first : first + PIECE] for first in firsts])
+        lower = torch.linalg.cholesky_ex(blocks).L
+        one = torch.eye(PIECE, device=lower.device).expand_as(lower)
+        inverse = torch.linalg.solve_triangular(lower, one, upper=False)
+        inverses = inverse.mT @ inverse
+        rows = torch.arange(len(filled), device=damped.device).unflatten(0, (-1, PIECE))
+        colours = [rows[colour::COLOURS].flatten() for colour in range(COLOURS)]
+        last = (len(firsts) - 1) % COLOURS
+        colours[last] = colours[last][: len(colours[last]) - missing]
+        return cls(damped, colours, [inverses[colour::COLOURS] for colour in range(COLOURS)])
 
-
-def rows_of(outputs: Sequence[Tensor], pieces: int = PIECES) -> list[Rows]:
-    """Of linears stacked one below the other, from M [out_features, out_features] of each."""
-    found, first = [], 0
-    for output in outputs:
-        count = len(output)
-        order = torch.argsort(output.diagonal(), descending=True, stable=True)
-        damped = damp(output[order][:, order], OUTPUT_DAMP)
-        upper = inverse_factor(damped)
-        if upper is None:  # not with such a damping, unless M is not finite
-            raise UnusableGradients("the gradients of its outputs hold NaN or Inf")
-        size = -(-count // pieces)
-        bounds = [min(count, number * size) for number in range(pieces + 1)]
-        found.append(Rows(order + first, damped, upper, bounds))
-        first += count
-    return found
-
-
-def push_rows(target: Tensor, errors: Tensor, rows: Rows, number: int) -> None:
-    """What the rows still to come must make up for once piece `number` has these errors Q − target, in place.
-
-    target  [out_features, in_features] of the linear, rows in order; errors [rows of the piece, in_features]. With the
-    rows still to come free, the least loss given E of the piece has them at (M⁻¹)[rest, piece]·(M⁻¹)[piece, piece]⁻¹·E,
-    in the inverse of M without the pieces before: Uᵀ[rest, piece]·U[piece, piece]⁻ᵀ·E.
-    """
-    piece = rows.piece(number)
-    if piece.stop == len(target):
-        return
-    corner = rows.upper[piece, piece].t().contiguous()
-    solved = torch.linalg.solve_triangular(corner, errors, upper=False)
-    target[piece.stop :].addmm_(rows.upper[piece, piece.stop :].t(), solved)
+    def moves(self, colour: int, errors: Tensor, product: Product) -> Tensor:
+        """B⁻¹·S of a colour's rows, for all errors E of the linear: Q less these is where they would best be."""
+        slopes = product(self.damped[:, self.rows[colour]], errors)
+        inverses = self.inverses[colour]
+        pieces = pad(slopes, (0, 0, 0, len(inverses) * PIECE - len(slopes))).unflatten(0, (-1, PIECE))
+        return (inverses @ pieces).flatten(0, 1)[: len(slopes)]
 
 
-def best_target(weight: Tensor, errors: Tensor, rows: Rows, number: int) -> Tensor:
-    """Where the rows of piece `number` would best be, given the errors E = Q − W of all others, were they not rounded.
-
-    weight, errors  [out_features, in_features], rows in order → W − M[piece, piece]⁻¹·M[piece, others]·E[others].
-    """
-    piece = rows.piece(number)
-    square = rows.damped[piece, piece]
-    pull = rows.damped[piece] @ errors - square @ errors[piece]
-    lower = torch.linalg.cholesky(square)
-    return weight[piece] - torch.cholesky_solve(pull, lower)
-
-
-def solve_rows(
+def refine_both_sides(
     weight: Tensor,
+    quantized: QuantizedWeight,
+    hessian: Tensor,
     outputs: Sequence[Tensor],
-    solve: Solve,
     refine: Refine,
+    product: Product = lambda left, right: left.t() @ right,
     sweeps: int = SWEEPS,
-    pieces: int = PIECES,
 ) -> QuantizedWeight:
-    """Quantize linears stacked one below the other, float32 [ΣO, in_features], with `outputs` M of each.
+    """Sweeps over all rows of linears stacked one below the other, [ΣO, in_features]; none gets dearer than it began.
 
-    solve   quantizes some rows for themselves, as if there were no others; refine betters the codes and scales of some
-            for another target. Pieces of all linears of the stack are handed over together: these do not feel one
-            another.
-    sweeps  over all pieces, each refined once more.
+    hessian  damped, [in_features, in_features]; outputs M of each linear.
 
-    With diagonal M this is `solve` of each row, and refine has no new target. UnusableGradients for NaN or Inf in M.
+    With S = (M + λI)·E, and B its diagonal block of a piece, the piece's rows would best be at Q − B⁻¹·S, given those
+    of all others: that is refined towards. For a linear whose loss is not lower after a sweep it is taken back, and the
+    next does not go as far. Nothing here waits for the device.
     """
-    stack = rows_of(outputs, pieces)
-    original = [weight[rows.order] for rows in stack]
-    target = [rows.clone() for rows in original]
-    errors = [torch.zeros_like(rows) for rows in original]
-    parts: list[QuantizedWeight] = []
+    stack = [Outputs.of(output) for output in outputs]
+    sizes = [len(output) for output in outputs]
+    weight = weight.float()
+    colours = [_rows_of(stack, colour) for colour in range(COLOURS)]
 
-    def note(number: int) -> None:
-        """E = Q − W of the rows of this piece."""
-        sizes = [len(first[rows.piece(number)]) for first, rows in zip(original, stack, strict=True)]
-        made = parts[number].dequantize().split(sizes)
-        for error, first, own, rows in zip(errors, original, made, stack, strict=True):
-            error[rows.piece(number)] = own - first[rows.piece(number)]
+    def losses(one: QuantizedWeight) -> Tensor:
+        """tr((M + λI)·E·H·Eᵀ) of each linear."""
+        errors = one.dequantize().sub_(weight)
+        images = product(errors.t(), hessian)
+        for own, error, image in zip(stack, errors.split(sizes), images.split(sizes), strict=True):
+            image.mul_(product(own.damped, error))
+        return torch.stack([part.sum(dtype=torch.float64) for part in images.split(sizes)])
 
-    for number in range(pieces):
-        parts.append(solve(torch.cat([aims[rows.piece(number)] for aims, rows in zip(target, stack, strict=True)])))
-        note(number)
-        for aims, first, error, rows in zip(target, original, errors, stack, strict=True):
-            piece = rows.piece(number)
-            push_rows(aims, first[piece] + error[piece] - aims[piece], rows, number)
+    least = losses(quantized)
+    share = torch.ones(len(stack), device=weight.device)
     for _ in range(sweeps):
-        for number in range(pieces):
-            wanted = [best_target(*each, number) for each in zip(original, errors, stack, strict=True)]
-            parts[number] = refine(torch.cat(wanted), parts[number])
-            note(number)
-    return _back_in_place(stack, parts)
+        found = QuantizedWeight(quantized.codes.clone(), quantized.scales.clone(), None, quantized.group_size)
+        for colour, rows in enumerate(colours):
+            if not len(rows):
+                continue
+            made = found.dequantize()
+            each = zip(stack, (made - weight).split(sizes), share, strict=True)
+            moves = torch.cat([own.moves(colour, errors, product).mul_(far) for own, errors, far in each])
+            part = QuantizedWeight(found.codes[rows], found.scales[rows], None, found.group_size)
+            part = refine(made[rows].sub_(moves), part)
+            found.codes[rows], found.scales[rows] = part.codes, part.scales
+        costs = losses(found)
+        lower = costs < least
+        least, share = torch.where(lower, costs, least), torch.where(lower, share, NEARER * share)
+        kept = torch.cat([part.expand(size) for part, size in zip(lower, sizes, strict=True)]).unsqueeze(1)
+        codes = torch.where(kept, found.codes, quantized.codes)
+        quantized = replace(found, codes=codes, scales=torch.where(kept, found.scales, quantized.scales))
+    return quantized
+
+
+def _rows_of(stack: Sequence[Outputs], colour: int) -> Tensor:
+    """The rows of a colour of all linears, as they are stacked."""
+    first, found = 0, []
+    for own in stack:
+        found.append(own.rows[colour] + first)
+        first += len(own.damped)
+    return torch.cat(found)
 
 
 def loss(weight: Tensor, quantized: Tensor, hessian: Tensor, output: Tensor) -> float:
     """tr(M·E·H·Eᵀ) with E = Q − W, float64: what all this makes small."""
     error = quantized.double() - weight.double()
     return float(((output.double() @ error) * (error @ hessian.double())).sum())
-
-
-def _back_in_place(stack: Sequence[Rows], parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    taken = torch.cat([one.order[one.piece(number)] for number in range(len(parts)) for one in stack])
-    place = torch.argsort(taken)
-    codes = torch.cat([part.codes for part in parts])[place]
-    scales = torch.cat([part.scales for part in parts])[place]
-    return QuantizedWeight(codes, scales, None, parts[0].group_size)
