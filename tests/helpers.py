@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlin_gptq.modeling.activations import Activations
+from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.modeling.packed import Packed
+
 
 def random_hessian(features: int, seed: int, tokens: int | None = None) -> Tensor:
     """A Hessian of correlated, heavy-tailed inputs, float32 [features, features]."""
@@ -96,3 +100,23 @@ def config_only(directory: Path, **shape: int) -> Path:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"model_type": "llama"} | shape))
     return directory
+
+
+def loud_model(directory: Path, architecture: str = "llama", **changes: Any) -> Path:
+    """A random model whose attention matters: with transformers' initial weights it adds next to nothing."""
+    return save_tiny_model(directory, architecture, dtype=torch.float32, **({"initializer_range": 0.15} | changes))
+
+
+def embedded(stream: BlockStream, samples: list[Tensor]) -> Activations:
+    """Block 0's inputs, one sequence for each sample."""
+    hidden = Activations(
+        [(1, len(sample)) for sample in samples], stream.config.hidden_size, stream.dtype, torch.device("cpu")
+    )
+    for position, sample in enumerate(samples):
+        hidden.put(position, stream.embed(sample[None]))
+    return hidden
+
+
+def one_by_one(hidden: Activations) -> Packed:
+    """Each sample alone in its pack."""
+    return Packed(hidden, [range(position, position + 1) for position in range(len(hidden))])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EXPERT_MODELS, random_samples, save_tiny_model
+from helpers import EXPERT_MODELS, embedded, loud_model, one_by_one, random_samples, save_tiny_model
 from torch import Tensor, nn
 
 from marlin_gptq import QuantizationConfig, pipeline, quantize_model
@@ -17,12 +17,10 @@ from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import PRESETS
 from marlin_gptq.formats import marlin
 from marlin_gptq.job import Plan
-from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.architecture import block_linears
 from marlin_gptq.modeling.blocks import BlockStream
-from marlin_gptq.modeling.observe import collect_hessians, collect_with_cross, stages
+from marlin_gptq.modeling.observe import collect_hessians, stages
 from marlin_gptq.modeling.packed import PACK_TOKENS, Packed, joined_arguments, kind_of, packs_of, within_samples
-from marlin_gptq.modeling.staged import advance
 from marlin_gptq.work_directory import WorkDirectory
 
 CPU = torch.device("cpu")
@@ -38,22 +36,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "mixtral": ("mixtral", EXPERT_MODELS["mixtral"], True),
     "qwen2_moe": ("qwen2_moe", EXPERT_MODELS["qwen2_moe"], True),
 }
-
-
-def loud_model(directory: Path, architecture: str = "llama", **changes: Any) -> Path:
-    """A random model whose attention matters: with transformers' initial weights it adds next to nothing."""
-    return save_tiny_model(directory, architecture, dtype=torch.float32, **({"initializer_range": 0.15} | changes))
-
-
-def embedded(stream: BlockStream, samples: list[Tensor]) -> Activations:
-    hidden = Activations([(1, len(sample)) for sample in samples], stream.config.hidden_size, stream.dtype, CPU)
-    for position, sample in enumerate(samples):
-        hidden.put(position, stream.embed(sample[None]))
-    return hidden
-
-
-def one_by_one(hidden: Activations) -> Packed:
-    return Packed(hidden, [range(position, position + 1) for position in range(len(hidden))])
 
 
 # ---- packs
@@ -168,54 +150,6 @@ def test_positions_that_depend_on_the_length_stay_those_of_the_sample(tmp_path: 
         together = stream.run(0, hidden.joined(range(3)), [40, 12, 30])
         alone = torch.cat([stream.run(0, sample) for sample in hidden], dim=1)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-
-
-def test_differences_from_full_precision_are_those_of_each_sample_alone(tmp_path: Path) -> None:
-    stream = BlockStream(loud_model(tmp_path / "model"), device=CPU)
-    hidden, full = (embedded(stream, random_samples(6)) for _ in range(2))
-    for position, sample in enumerate(full):
-        hidden.put(position, sample + 0.1 * torch.randn(sample.shape))
-    with stream.block(0) as block:
-        linears = block_linears(block, stream.block_name(0))
-        originals = {name: linear.weight.data for name, linear in linears.items()}
-        groups = [group for stage in stages(stream, 0, linears, hidden[0]) for group in stage]
-        packs = stream.packs(0, hidden.shapes, 100)
-        assert 1 < len(packs) < 6
-        pairs = [(one_by_one(hidden), one_by_one(full)), (Packed(hidden, packs), Packed(full, packs))]
-        (hessians, alone), (_, shared) = (
-            collect_with_cross(stream, 0, groups, linears, originals, *pair) for pair in pairs
-        )
-        expected = collect_hessians(stream, 0, groups, linears, one_by_one(hidden))
-    for name, cross in alone.items():
-        assert torch.equal(hessians.hessians[name].sum, expected.hessians[name].sum)
-        assert hessians.tokens == expected.tokens
-        assert shared[name].tokens == cross.tokens
-        torch.testing.assert_close(shared[name].sum, cross.sum, rtol=1e-4, atol=1e-3)
-
-
-def test_one_pass_compares_with_full_precision_and_takes_it_on(tmp_path: Path) -> None:
-    """`finish`: the same differences to the bit, and the full-precision stream is behind the block."""
-    stream = BlockStream(loud_model(tmp_path / "model"), device=CPU)
-    hidden, *fulls = (embedded(stream, random_samples(6)) for _ in range(4))
-    for position, sample in enumerate(hidden):
-        hidden.put(position, sample + 0.1 * torch.randn(sample.shape))
-    found = []
-    with stream.block(0) as block:
-        linears = block_linears(block, stream.block_name(0))
-        originals = {name: linear.weight.data for name, linear in linears.items()}
-        groups = [group for stage in stages(stream, 0, linears, hidden[0]) for group in stage]
-        packs = stream.packs(0, hidden.shapes, 100)
-        advance(stream, 0, Packed(fulls[2], packs))
-        for linear in linears.values():  # as they are once some are quantized
-            linear.weight = nn.Parameter(linear.weight * 1.1, requires_grad=False)
-        for finish, full in zip((False, True), fulls, strict=False):
-            samples = Packed(hidden, packs), Packed(full, packs)
-            found.append(collect_with_cross(stream, 0, groups, linears, originals, *samples, finish=finish))
-    for (one, one_cross), (other, other_cross) in [found]:
-        assert all(torch.equal(one.hessians[name].sum, other.hessians[name].sum) for name in one.hessians)
-        assert all(torch.equal(one_cross[name].sum, other_cross[name].sum) for name in one_cross)
-    assert all(torch.equal(a, b) for a, b in zip(fulls[1], fulls[2], strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(fulls[0], fulls[2], strict=True))
 
 
 # ---- what stays alone

@@ -5,7 +5,7 @@ solve    target W* for the inputs that really arrive                      (corre
          scales and codes by GPTQ                                         (clip, clip_hessian, signed_scales)
          or by a K-best search in its place                               (beam_width)
          scales and codes again                                           (refine_sweeps)
-         all that piece by piece of the rows, for one another's errors    (two_sided)
+         and once more, each row for the errors of the others             (two_sided)
 """
 
 from __future__ import annotations
