@@ -93,7 +93,7 @@ def test_refusals(models: dict[str, Path], tmp_path: Path) -> None:
     assert "is the model itself" in refused(
         convert.main, models["awq"], "--to", "marlin", "-o", models["awq"], "--overwrite"
     )
-    assert "exists already" in refused(convert.main, models["awq"], "--to", "marlin", "-o", tmp_path)
+    assert "exists already" in refused(convert.main, models["awq"], "--to", "marlin", "-o", models["marlin"])
     assert "no such directory" in refused(convert.main, "./nowhere", "--to", "marlin", "-o", out)
     assert not list(tmp_path.iterdir())
 
@@ -162,8 +162,8 @@ def test_a_failed_conversion_keeps_the_work(models: dict[str, Path], tmp_path: P
 
     monkeypatch.setattr(export, "convert_checkpoint", fail)
     sentence = refused(quantize.main, models["base"], "-o", tmp_path / "out", "--format", "gptq", "--method", "rtn")
-    assert sentence.endswith(f"the quantized model itself is safe in the Marlin directory {tmp_path}/.out.marlin")
-    assert marlin_gptq.load(tmp_path / ".out.marlin") is not None
+    assert sentence.endswith(f"the quantized model itself is safe in the Marlin directory {tmp_path}/out.marlin")
+    assert marlin_gptq.load(tmp_path / "out.marlin") is not None
 
 
 # ---- marlin-inspect

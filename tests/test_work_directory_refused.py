@@ -11,6 +11,7 @@ from helpers import random_samples, save_tiny_model
 from helpers_work_directory import BLOCKS, CPU, SAMPLES, Killed, run
 
 from marlin_gptq import CheckpointError, InputError, QuantizationConfig, quantize_model, work_directory
+from marlin_gptq.destination import LOCK
 from marlin_gptq.report import ProgressEvent
 from marlin_gptq.work_directory import WorkDirectory, model_digest
 
@@ -124,14 +125,13 @@ def test_another_format_is_refused(begun: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_stood_under_the_output_comes_back(source: Path, tmp_path: Path, begun: Path) -> None:
     """Killed between the two renames that replace an old output."""
-    with WorkDirectory.resume(begun) as work:
-        old = tmp_path / f".out.old-{work.id}"
-        partial = tmp_path / f".out.partial-{work.id}"
-    (old / "out").mkdir(parents=True)
-    (old / "out" / "precious").touch()
-    partial.mkdir(exist_ok=True)
+    folder = tmp_path / ".out.partial-abcdefgh"
+    save_tiny_model(folder / "old", seed=5)
+    (folder / "new").mkdir()
+    (folder / LOCK).touch()
+    config = QuantizationConfig(clip=False)
     with pytest.raises(InputError, match="out: exists already"):
-        run(source, tmp_path / "out", begun)
-    assert (tmp_path / "out" / "precious").exists() and not old.exists() and not partial.exists()
-    run(source, tmp_path / "out", begun, overwrite=True)
-    assert not (tmp_path / "out" / "precious").exists() and (tmp_path / "out" / "config.json").exists()
+        run(source, tmp_path / "out", begun, config)
+    assert (tmp_path / "out" / "model.safetensors").exists() and not folder.exists()
+    run(source, tmp_path / "out", begun, config, overwrite=True)
+    assert "quantization_config" in (tmp_path / "out" / "config.json").read_text()
