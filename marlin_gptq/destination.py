@@ -28,7 +28,7 @@ _OTHERS = re.compile(
     r"|tokenizer\.json|tekken\.json|vocab\.(json|txt)|merges\.txt|(special_tokens_map|added_tokens|chat_template)\.json"
     r"|(tokenizer|spiece|sentencepiece[\w.]*)\.model(\.v\d+)?|[\w.-]+\.tiktoken|[\w.-]+\.jinja"
     r"|(configuration|modeling|tokenization|processing|image_processing|video_processing)_\w+\.py"
-    r"|README\.md|\.README\.md\.writing|\.gitattributes|(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*"
+    r"|README\.md(\.writing)?|\.gitattributes|(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*"
     r"|quantize_log\.json|quant_log\.csv|recipe\.yaml"
 )
 _TEMPLATES = "additional_chat_templates"
@@ -64,7 +64,7 @@ def require_destination(output: Path, *, overwrite: bool, inputs: Inputs, file: 
         if path.exists() and holds(place, path):
             same = place.exists() and place.samefile(path)
             found = f"is {what} itself" if same else f"holds {what} ({path})"
-            raise InputError(f"{shown}: {found}, which is never replaced; give another --output")
+            raise InputError(f"{shown}: {found}; give another --output")
     if not place.exists():
         return _require_right(shown, standing(place.parent))
     if file:
@@ -153,7 +153,7 @@ def _require_replaceable_file(shown: str, place: Path, overwrite: bool, inputs: 
         raise InputError(f"{shown}: exists already; give another --output, or --overwrite to replace it")
     for what, path in inputs.items():
         if holds(path, place):
-            raise InputError(f"{shown}: is a file of {what}, which is never replaced; give another --output")
+            raise InputError(f"{shown}: is a file of {what}; give another --output")
     if not is_state_dict(place):
         raise InputError(f"{shown}: is no torch state dict; --overwrite replaces nothing else; give another --output")
     _require_right(shown, place.parent)
