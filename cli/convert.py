@@ -82,10 +82,12 @@ def _convert(
     options.quiet_libraries(display.say)
     shard_bytes = options.parse_size(shard_size)
     path, base_path, file = Path(model), None if base is None else Path(base), to == "original"
-    require_destination(output, overwrite=overwrite, inputs=sources(path, base_path), file=file)
+    if path.exists() or not overwrite:  # else its files must be known first: what are copies of them?
+        require_destination(output, overwrite=overwrite, inputs=sources(path, base_path), file=file)
     if not path.is_file():
         path = resolve_model(model, revision=revision, offline=offline)
     base_dir = None if base is None else resolve_model(base, offline=offline)
+    require_destination(output, overwrite=overwrite, inputs=sources(path, base_dir), file=file)
     with display.counting("convert") as progress:
         report = convert_checkpoint(
             path,

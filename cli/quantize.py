@@ -156,7 +156,12 @@ def _quantize(
         )
         click.echo(json.dumps({"model": model} | found) if as_json else dry.shown(found))
         return
-    _require_places(output, overwrite, model, dataset, config_file, work_dir)
+    files = {"the --dataset": Path(dataset), "the --config": config_file}
+    inputs = {"the model": Path(model)} | {what: file for what, file in files.items() if file and file.is_file()}
+    if work_dir is not None:
+        require_work_directory(work_dir, output, Path(model))
+    if Path(model).is_dir() or not overwrite:  # else its files must be known first: what are copies of them?
+        require_destination(output, overwrite=overwrite, inputs=inputs)
 
     from marlin_gptq.calibration import DEFAULT_SEQ_LEN, sequence_length
     from marlin_gptq.conversion.convert import HALF_SCALES
@@ -169,7 +174,7 @@ def _quantize(
     where = processes.own_device(options.torch_device(device))
     target = options.torch_dtype("float16" if half else dtype)
     model_dir = resolve_model(model, revision=revision, offline=offline)
-    inputs = {"the model": model_dir}
+    inputs["the model"] = model_dir
     require_destination(output, overwrite=overwrite, inputs=inputs)
     if not recipe_chosen:
         config = _within_reach(display, model_dir, config, where, way)
@@ -238,17 +243,6 @@ def _quantize(
         click.echo(summary(report, to))
     if kept is not None:
         display.say(f"note: the work directory {kept.directory} is no longer needed")
-
-
-def _require_places(
-    output: Path, overwrite: bool, model: str, dataset: str, config_file: Path | None, work_dir: Path | None
-) -> None:
-    """InputError, before any work, for an output or a work directory in the place of something else."""
-    if work_dir is not None:
-        require_work_directory(work_dir, output, Path(model))
-    files = {"the --dataset": Path(dataset), "the --config": config_file}
-    inputs = {"the model": Path(model)} | {what: file for what, file in files.items() if file and file.is_file()}
-    require_destination(output, overwrite=overwrite, inputs=inputs)
 
 
 def _read_samples(

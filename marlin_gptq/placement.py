@@ -157,7 +157,7 @@ def recover(output: Path) -> None:
     target = real_path(output)
     for parent in (target, target.parent):
         for folder in parent.glob(f".{glob.escape(target.name)}.partial-????????"):
-            if not is_partial(folder, target.name):
+            if not is_partial(folder, target.name) or folder.stat().st_uid != os.geteuid():
                 continue
             try:
                 lock = _locked(folder / LOCK)

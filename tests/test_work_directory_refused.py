@@ -102,6 +102,42 @@ def test_directories_that_do_not_fit(tmp_path: Path, begun: Path) -> None:
         WorkDirectory.new(tmp_path / "file" / "work", {})
 
 
+@pytest.mark.parametrize("names", [("samples.safetensors",), ("lock", "samples.safetensors"), ("novel.writing",)])
+def test_files_that_only_look_like_ours_stay(tmp_path: Path, names: tuple[str, ...]) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in names:
+        (work / name).write_text("only copy")
+    with pytest.raises(InputError, match="work: is not empty"):
+        WorkDirectory.new(work, {})
+    assert {path.name: path.read_text() for path in work.iterdir()} == dict.fromkeys(names, "only copy")
+
+
+def test_a_run_json_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "novel.writing").touch()
+    with pytest.raises(CheckpointError, match=r"run\.json: damaged"):
+        WorkDirectory.resume(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["novel.writing", "run.json"]
+
+
+def test_what_a_run_killed_before_it_began_left_is_used_again(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    for name, content in (("lock", work_directory.MARK), ("samples.safetensors", b""), ("run.json.writing", b"")):
+        (work / name).write_bytes(content)
+    with WorkDirectory.new(work, {}):
+        pass
+    assert list(work.iterdir()) == [], "but the directory was there before"
+
+
+def test_files_of_a_user_in_a_work_directory_stay(begun: Path) -> None:
+    (begun / "block-00007.json.writing").touch()
+    (begun / "novel.writing").touch()
+    WorkDirectory.resume(begun).close()
+    assert (begun / "novel.writing").exists() and not (begun / "block-00007.json.writing").exists()
+
+
 def test_nothing_begun_leaves_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), WorkDirectory.new(tmp_path / "work", {}):
         _ = 1 / 0
