@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,8 @@ def _run(
     if not kwargs.pop("standalone_mode", True):
         return click_main(arguments, *rest, standalone_mode=False, **kwargs)
     own = args is None  # this process is for the command alone: it was not called from another program
-    with _signals_as_exceptions() if own else nullcontext([]) as ended:
+    signals: AbstractContextManager[list[int]] = _signals_as_exceptions() if own else nullcontext([])
+    with signals as ended:
         try:
             if own:
                 for package in unused:

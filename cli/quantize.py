@@ -189,9 +189,9 @@ def _quantize(
         kept = stack.enter_context(
             keeping(work, work_dir if team.leads else None, {"options": given, "settings": config.to_dict()})
         )
-        place = None  # of what is converted in the end; other runs end where quantize_model puts their result
+        final: Placement | None = None  # of what is converted in the end; else quantize_model makes its own
         if to != "marlin" and team.leads:
-            place = stack.enter_context(Placement(output, overwrite=overwrite, inputs=inputs))
+            final = stack.enter_context(Placement(output, overwrite=overwrite, inputs=inputs))
         if work is not None:
             samples, calibration = go_on(work), work.arguments["calibration"]
             display.say(f"going on with the run in {work.directory}: {len(samples)} samples as they were")
@@ -215,7 +215,7 @@ def _quantize(
         with display.quantizing() as progress:
             report = quantize_model(
                 model_dir,
-                output if place is None else place.aside(),
+                output if final is None else final.aside(),
                 config,
                 samples,
                 device=where,
@@ -231,9 +231,9 @@ def _quantize(
                 team=team,
                 before=before,
             )
-        if place is not None:
+        if final is not None:
             with display.counting(f"writing {to}") as counting:
-                done = convert_aside(place, to, shard_size=shard_bytes, progress=counting)
+                done = convert_aside(final, to, shard_size=shard_bytes, progress=counting)
             report = replace(report, output=output, bytes_after=done.bytes_after)
     if not team.leads:
         return

@@ -139,9 +139,9 @@ def test_overwriting_when_asked(model_dir: Path, tmp_path: Path) -> None:
     assert not (output / "vocab.txt").exists() and (output / "config.json").exists()
 
 
-@pytest.mark.parametrize("to", ["marlin", "gptq"])
+@pytest.mark.parametrize("kind", ["marlin", "gptq", "tuned"])
 def test_an_output_that_comes_to_be_meanwhile_stays(
-    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+    model_dir: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     write, output = pipeline.write_companions, tmp_path / "out"
 
@@ -151,14 +151,31 @@ def test_an_output_that_comes_to_be_meanwhile_stays(
         write(*arguments)
 
     monkeypatch.setattr(pipeline, "write_companions", meanwhile)
-    sentence = refused(model_dir, "-o", output, "--method", "rtn", "--format", to, "--dtype", "float16")
+    arguments: tuple[Any, ...] = ("--method", "rtn", "--format", kind, "--dtype", "float16")
+    if kind == "tuned":
+        arguments = ("--dataset", texts, "--n-samples", 3, "--device", "cpu", "--tune-steps", 1)
+    sentence = refused(model_dir, "-o", output, *arguments)
     assert sentence == (
         f"{output}: has come to be while this ran; it stays as it is, the finished result is {tmp_path / 'out.result'}"
     )
     assert [path.name for path in output.iterdir()] == ["precious.txt"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.result"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.result", "texts.jsonl"]
     settings = json.loads((tmp_path / "out.result" / "config.json").read_text())["quantization_config"]
-    assert settings["quant_method"] == ("gptq" if to == "gptq" else "marlin_gptq")
+    assert settings["quant_method"] == ("gptq" if kind == "gptq" else "marlin_gptq")
+    assert settings.get("tune_steps", 0) == (kind == "tuned")
+
+
+def test_where_activations_wait_is_passed_on(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def quantize_model(*_: Any, spill: str | None, **__: Any) -> None:
+        asked.append(spill)
+        raise InputError("stop here")
+
+    monkeypatch.setattr(pipeline, "quantize_model", quantize_model)
+    for spill, to in (("auto", "marlin"), ("disk", "marlin"), ("host", "awq")):
+        refused(model_dir, "-o", tmp_path / "out", "--method", "rtn", "--spill", spill, "--format", to)
+    assert asked == [None, "disk", "host"]
 
 
 def test_help_names_every_option_of_the_recipe() -> None:
