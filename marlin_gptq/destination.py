@@ -56,7 +56,8 @@ def require_destination(output: Path, *, overwrite: bool, inputs: Inputs, file: 
 
     inputs  are not to be lost: `output` is none of them and holds none.
     file    `output` is one file (a torch state dict), not a directory.
-    An empty directory may be written into, also a mount or the current directory. A link is followed.
+    An empty directory may be written into, also a mount or the current directory. A link is followed. A new directory
+    in that of the model may be made: it touches no file of the model.
     """
     place = real_path(output)
     shown = f"{output} (a link to {place})" if output.is_symlink() else str(output)
@@ -71,7 +72,7 @@ def require_destination(output: Path, *, overwrite: bool, inputs: Inputs, file: 
         return _require_replaceable_file(shown, place, overwrite, inputs)
     if not place.is_dir():
         raise InputError(f"{shown}: is a file; give a directory as --output")
-    if not content_of(place):
+    if is_empty(place):
         return _require_right(shown, place)
     if not overwrite:
         raise InputError(f"{shown}: exists already; give another --output, or --overwrite to replace it")
@@ -104,7 +105,7 @@ def not_replaceable(directory: Path, inputs: Inputs) -> str:
 
     A file of another kind is no reason where the same file lies beside an input: it is a copy.
     """
-    names = content_of(directory)
+    names = sorted(entry.name for entry in directory.iterdir())
     strange = [name for name in names if not _is_of_a_model(directory / name, inputs)]
     more = f" and {len(strange) - 3} more" if strange[3:] else ""
     listed = ", ".join(strange[:3]) + more
@@ -113,10 +114,9 @@ def not_replaceable(directory: Path, inputs: Inputs) -> str:
     return f"holds {listed} beside a model" if strange else ""
 
 
-def content_of(directory: Path) -> list[str]:
-    """The names in a directory, less what runs that write into it hold there, and what a disk has of itself."""
-    names = sorted(entry.name for entry in directory.iterdir())
-    return [name for name in names if name != _MADE_BY_THE_DISK and not is_partial(directory / name, directory.name)]
+def is_empty(directory: Path) -> bool:
+    """Whether nothing is there but what a disk has of itself, and what runs have there that write into it."""
+    return all(entry.name == _MADE_BY_THE_DISK or is_partial(entry, directory.name) for entry in directory.iterdir())
 
 
 def is_partial(folder: Path, name: str) -> bool:

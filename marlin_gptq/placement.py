@@ -28,7 +28,7 @@ from types import TracebackType
 from marlin_gptq.destination import (
     LOCK,
     Inputs,
-    content_of,
+    is_empty,
     is_partial,
     not_replaceable,
     real_path,
@@ -107,7 +107,7 @@ class Placement:
         to_disk(self.folder)
         try:
             if self._fills:
-                if content_of(self._target):
+                if not is_empty(self._target):
                     raise _ChangedError("has come to hold something while this ran")
                 _move_up(self._ready, self._target)
             else:
@@ -146,7 +146,7 @@ class _ChangedError(Exception):
 def parent_of(output: Path) -> Path:
     """Where things on the way to `output` lie, on its disk: its directory, or itself if it is there and empty."""
     target = real_path(output)
-    return target if target.is_dir() and not content_of(target) else target.parent
+    return target if target.is_dir() and is_empty(target) else target.parent
 
 
 def recover(output: Path) -> None:

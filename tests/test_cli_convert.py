@@ -59,6 +59,11 @@ def test_a_conversion_and_its_words(models: dict[str, Path], tmp_path: Path) -> 
     assert "| converted from | marlin (marlin), codes and scales unchanged |" in card
     assert "| method | rtn" in card, "the recipe is carried along"
     assert (output / "quantize_log.json").is_file()
+    (output / "notes.txt").touch()
+    again = ("--to", "gptq", "-o", output, "--overwrite")
+    assert "holds notes.txt beside a model" in refused(convert.main, models["marlin"], *again)
+    (output / "notes.txt").unlink()
+    assert run(convert.main, models["marlin"], *again).exit_code == 0
 
 
 def test_json_is_one_object(models: dict[str, Path], tmp_path: Path) -> None:
@@ -94,6 +99,11 @@ def test_refusals(models: dict[str, Path], tmp_path: Path) -> None:
         convert.main, models["awq"], "--to", "marlin", "-o", models["awq"], "--overwrite"
     )
     assert "exists already" in refused(convert.main, models["awq"], "--to", "marlin", "-o", models["marlin"])
+    around = models["awq"].parent
+    assert "holds the model" in refused(convert.main, models["awq"], "--to", "marlin", "-o", around, "--overwrite")
+    file = models["base"] / "model.safetensors"
+    arguments = (models["marlin"], "--to", "original", "-o", file, "--overwrite")
+    assert "is no torch state dict; --overwrite replaces nothing else" in refused(convert.main, *arguments)
     assert "no such directory" in refused(convert.main, "./nowhere", "--to", "marlin", "-o", out)
     assert not list(tmp_path.iterdir())
 

@@ -178,6 +178,18 @@ def test_two_runs_of_one_output(tmp_path: Path) -> None:
     assert content(tmp_path) == model("quicker") | model("slow", "out.result") | model("slower", "out.result-2")
 
 
+def test_what_another_run_writes_into_the_output_stays(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with Placement(tmp_path / "out", overwrite=False, inputs={}) as slow:
+        write(slow.new, "slow")
+        put(tmp_path / "out", "quick")
+        with pytest.raises(InputError, match=r"out: holds \.out\.partial-.* beside a model"):
+            put(tmp_path / "out", "third")
+        with pytest.raises(TakenError, match=r"the finished result is .*/out/out\.result"):
+            slow.finish()
+    assert content(tmp_path / "out") == dict.fromkeys(FILES, "quick") | model("slow", "out.result")
+
+
 def test_both_are_kept_if_a_place_is_taken_between_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = write(tmp_path / "out", "old")
 
