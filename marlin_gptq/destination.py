@@ -9,6 +9,7 @@ from __future__ import annotations
 import filecmp
 import os
 import re
+import stat
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,6 +86,9 @@ def require_destination(output: Path, *, overwrite: bool, inputs: Inputs, file: 
         raise InputError(f"{shown}: holds the current directory, so it cannot be replaced; start from another one")
     for directory in (place, place.parent):
         _require_right(shown, directory)
+    above = place.parent.stat()
+    if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, above.st_uid, place.stat().st_uid):  # as in /tmp
+        raise InputError(f"{shown}: belongs to another user, so it cannot be replaced; give another --output")
 
 
 def require_work_directory(work: Path, output: Path, model: Path, option: str = "--work-dir") -> None:

@@ -87,6 +87,9 @@ class Placement:
         lock, self._lock = self._lock, -1
         try:
             _clear(self.folder, self._target)
+        except BaseException:  # a signal in the middle of it: only one comes through (cli/failures.py)
+            _clear(self.folder, self._target)
+            raise
         finally:
             os.close(lock)
             for made in self._made:
@@ -194,6 +197,8 @@ def _locked(file: Path, make: bool = False) -> int:
 
 def _clear(folder: Path, target: Path) -> None:
     """Remove a run's folder, after what is half done in it was undone, or done where that is nearer."""
+    if not folder.exists():
+        return
     old, ready = folder / "old", folder / "ready"
     if folder.parent == target and ready.is_dir():
         with suppress(_ChangedError, OSError):

@@ -146,6 +146,12 @@ def test_places_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patched:
         patched.setattr(destination, "is_mount", lambda _: True)
         assert "is a mount point with files in it, which cannot be replaced; give a folder in it" in refused(out)
+    with monkeypatch.context() as patched:
+        tmp_path.chmod(0o1777)
+        patched.setattr(os, "geteuid", lambda: os.getuid() + 12345)
+        assert "out: belongs to another user, so it cannot be replaced" in refused(out)
+        tmp_path.chmod(0o755)
+        allowed(out)
     closed = {tmp_path}
     monkeypatch.setattr(os, "access", lambda path, _: Path(path) not in closed)
     for path in (out, tmp_path / "new", tmp_path / "deep" / "new"):

@@ -119,7 +119,7 @@ def test_interrupted_at_any_moment(tmp_path: Path, before: str, monkeypatch: pyt
             return call
 
         with monkeypatch.context() as patched:
-            for name in ("rename", "link"):
+            for name in (*RENAMES, "rmdir"):
                 patched.setattr(os, name, interrupted(getattr(os, name)))
             try:
                 put(folder / "out")
