@@ -11,8 +11,7 @@ import click
 from marlin_gptq import __version__
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
-from marlin_gptq.cli.quantize import require_free_name
-from marlin_gptq.errors import InputError
+from marlin_gptq.destination import require_destination
 from marlin_gptq.model_directory import resolve_model
 
 TARGETS = ("marlin", "gptq", "awq", "compressed-tensors", "original")
@@ -52,7 +51,7 @@ What a format cannot hold is refused by name, before anything is written.
     help="How a GPTQ result stores zero points: 1 less one, 2 as they are.  [default: 1 if symmetric, else 2]",
 )
 @click.option("--shard-size", default="1GB", show_default=True, help="Largest size of a weight file.")
-@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it is a model directory (or a state dict).")
 @options.source_options
 @click.version_option(__version__)
 def main(**arguments: Any) -> None:
@@ -60,10 +59,8 @@ def main(**arguments: Any) -> None:
 
     Codes, scales and zero points keep every bit.
     """
-    try:
+    with failures.writing(arguments["output"]):
         _convert(**arguments)
-    except KeyboardInterrupt as error:
-        raise failures.Interrupted(f"interrupted: nothing was written under {arguments['output']}") from error
 
 
 def _convert(
@@ -79,19 +76,18 @@ def _convert(
     as_json: bool,
     debug: bool,
 ) -> None:
-    from marlin_gptq.conversion.convert import convert_checkpoint
+    from marlin_gptq.conversion.convert import convert_checkpoint, sources
 
     display = Display()
     options.quiet_libraries(display.say)
     shard_bytes = options.parse_size(shard_size)
-    if to != "original":
-        require_free_name(output, overwrite)
-    path = Path(model)
+    path, base_path, file = Path(model), None if base is None else Path(base), to == "original"
+    if path.exists() or not overwrite:  # else its files must be known first: what are copies of them?
+        require_destination(output, overwrite=overwrite, inputs=sources(path, base_path), file=file)
     if not path.is_file():
         path = resolve_model(model, revision=revision, offline=offline)
-    if output.exists() and output.samefile(path):
-        raise InputError(f"{output}: is the model itself; give another --output")
     base_dir = None if base is None else resolve_model(base, offline=offline)
+    require_destination(output, overwrite=overwrite, inputs=sources(path, base_dir), file=file)
     with display.counting("convert") as progress:
         report = convert_checkpoint(
             path,

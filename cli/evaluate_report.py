@@ -11,6 +11,7 @@ from marlin_gptq.cli import failures, harness_options, options
 from marlin_gptq.cli.evaluate_tasks import HELP, Named, mmlu_tasks, run_models
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
+from marlin_gptq.eval.result_files import require_as_asked, require_result_file, write_json, write_text
 from marlin_gptq.model_directory import resolve_model
 
 EXAMPLES = """\b
@@ -62,7 +63,8 @@ def report(model: str, baseline: str | None, output: Path, as_json: bool, debug:
     display = Display()
     if output.suffix == ".json":
         raise InputError(f"{output}: the figures go to a .json file beside the page; give a page: report.html")
-    harness_options.require_output(output)
+    for file in (output, output.with_suffix(".json")):
+        require_result_file(file)
     harness_options.quiet_harness(display.say)
     options.quiet_libraries(display.say)
     offline = arguments["offline"]
@@ -98,16 +100,20 @@ def report(model: str, baseline: str | None, output: Path, as_json: bool, debug:
             record.finish()
         complete = True
     except KeyboardInterrupt as error:
-        raise failures.Interrupted(f"interrupted: {output} holds what was finished") from error
+        some = content["perplexity"] or (record is not None and record.finished_tasks)
+        what = "holds what was finished" if some else "was not written, nothing was finished"
+        raise failures.Interrupted(f"interrupted: {output} {what}") from error
     finally:
         if record is not None and record.finished_tasks:
             content["tasks"] = record.to_dict()
         if complete or content["perplexity"] or content["tasks"]:
-            _write(display, content, output, complete, directory if _ours(model, arguments) else None)
+            written = _write(display, content, output, complete, directory if _ours(model, arguments) else None)
+    page, numbers = written
     if as_json:
-        click.echo(output.with_suffix(".json").read_text("utf-8").strip())
+        click.echo(numbers.read_text("utf-8").strip())
     else:
-        click.echo(f"written    {output}\nfigures    {output.with_suffix('.json')}")
+        click.echo(f"written    {page}\nfigures    {numbers}")
+    require_as_asked(output, page, numbers)
 
 
 def display_name(model: str) -> str:
@@ -158,17 +164,18 @@ def _perplexities(
                 add_perplexity(content, dataset, found.model, found)
 
 
-def _write(display: Display, content: dict[str, Any], output: Path, complete: bool, card: Path | None) -> None:
+def _write(
+    display: Display, content: dict[str, Any], output: Path, complete: bool, card: Path | None
+) -> tuple[Path, Path]:
     from marlin_gptq.eval.report import finish, markdown
     from marlin_gptq.eval.report_html import page
-    from marlin_gptq.eval.task_record import write_json, write_text
     from marlin_gptq.output_directory import fill_card
 
     finish(content, complete=complete)
-    write_json(output.with_suffix(".json"), content)
-    write_text(output, page(content))
+    written = write_text(output, page(content)), write_json(output.with_suffix(".json"), content)
     if card is not None and complete:
-        display.say(f"model card filled: {fill_card(card, markdown(content, output.name))}")
+        display.say(f"model card filled: {fill_card(card, markdown(content, written[0].name))}")
+    return written
 
 
 def _ours(model: str, arguments: dict[str, Any]) -> bool:

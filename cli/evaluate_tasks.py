@@ -14,6 +14,7 @@ from marlin_gptq.cli import failures, harness_options, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.task_tables import print_results, result_line
 from marlin_gptq.errors import InputError
+from marlin_gptq.eval.result_files import require_as_asked, require_result_file
 from marlin_gptq.model_directory import resolve_model
 
 if TYPE_CHECKING:
@@ -129,7 +130,8 @@ def _begin(arguments: dict[str, Any]) -> tuple[Display, list[Named]]:
         raise InputError("--pretrained and --marlin-checkpoint belong together: a base model and its state dict")
     if (model is None) == (base is None):
         raise InputError("MODEL: give either a model directory or hub id, or --pretrained with --marlin-checkpoint")
-    harness_options.require_output(arguments["output"])
+    if arguments["output"] is not None:
+        require_result_file(arguments["output"])
     harness_options.quiet_harness(display.say)
     options.quiet_libraries(display.say)
     offline = arguments["offline"]
@@ -161,6 +163,8 @@ def _evaluate(display: Display, models: list[Named], suite: Suite, chosen: dict[
         raise failures.Interrupted(f"interrupted: {record.finished_tasks} tasks were finished{at}") from error
     record.finish()
     _show(record, arguments["as_json"])
+    if record.file is not None:
+        require_as_asked(arguments["output"], record.file)
 
 
 def run_models(

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import gc
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import click
 
 from marlin_gptq.errors import MarlinGPTQError
+from marlin_gptq.placement import recover
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -40,7 +45,64 @@ class Group(click.Group):
 
 
 class Interrupted(Exception):
-    """Ctrl-C, with a sentence on what it left behind."""
+    """Ctrl-C or another signal that ends a command, with a sentence on what it left behind."""
+
+
+@contextmanager
+def writing(output: Path | None, hint: str = "") -> Iterator[None]:
+    """Around what makes the file or directory `output`: an interruption says what became of it, and the hint.
+
+    What killed runs of the same output left is cleared away first.
+    """
+    if output is not None:
+        recover(output)
+    before = _stands(output)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if output is None:
+            raise
+        if _stands(output) != before:
+            raise Interrupted(f"interrupted: {output} was written already and is complete") from error
+        rest = "; what stood there before is unchanged" if output.exists() else ""
+        rest += f"; {hint}" if hint else ""
+        raise Interrupted(f"interrupted: nothing was written under {output}{rest}") from error
+
+
+def _stands(output: Path | None) -> int | None:
+    """The number of the file that is there, or of the last one written in that directory; None for nothing."""
+    if output is None:
+        return None
+    try:
+        return (output / "config.json" if output.is_dir() else output).stat().st_ino
+    except OSError:
+        return None
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[list[int]]:
+    """SIGTERM (docker, Slurm, timeout, kill) and SIGHUP (a closed terminal) end as Ctrl-C does: cleaning up.
+
+    Gives a list that gets the signal that came; later ones do not disturb the cleaning. What is ignored (nohup) stays
+    ignored.
+    """
+    ended: list[int] = []
+
+    def end(signum: int, _: object) -> None:
+        ended.append(signum)
+        for each in heard:
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    heard = {each: handler for each, handler in usual.items() if signal.getsignal(each) == handler}
+    for each in heard:
+        signal.signal(each, end)
+    try:
+        yield ended
+    finally:
+        for each, handler in heard.items():
+            signal.signal(each, handler)
 
 
 def _run(
@@ -50,21 +112,24 @@ def _run(
     if not kwargs.pop("standalone_mode", True):
         return click_main(arguments, *rest, standalone_mode=False, **kwargs)
     own = args is None  # this process is for the command alone: it was not called from another program
-    try:
-        if own:
-            for package in unused:
-                sys.modules.setdefault(package, None)  # type: ignore[arg-type]
-            gc.freeze()  # torch and transformers are millions of objects, which no collection needs to walk through
-        sys.exit(click_main(arguments, *rest, standalone_mode=False, **kwargs) or 0)
-    except Exception as error:  # the outermost frame: the rest is a bug of ours
-        if "--debug" in arguments:
-            traceback.print_exc()
-        sentence, code = explain(error)
-        click.echo(f"error: {sentence}", err=True)
-        sys.exit(code)
-    finally:
-        if own:
-            gc.freeze()  # nor do those of Python's end, which take a second
+    signals: AbstractContextManager[list[int]] = _signals_as_exceptions() if own else nullcontext([])
+    with signals as ended:
+        try:
+            if own:
+                for package in unused:
+                    sys.modules.setdefault(package, None)  # type: ignore[arg-type]
+                gc.freeze()  # torch and transformers are millions of objects, which no collection needs to walk through
+            sys.exit(click_main(arguments, *rest, standalone_mode=False, **kwargs) or 0)
+        except Exception as error:  # the outermost frame: the rest is a bug of ours
+            sentence, code = explain(error)
+            with suppress(OSError):  # a terminal that was closed
+                if "--debug" in arguments:
+                    traceback.print_exc()
+                click.echo(f"error: {sentence}", err=True)
+            sys.exit(code if not ended or ended[0] == signal.SIGINT else 128 + ended[0])
+        finally:
+            if own:
+                gc.freeze()  # nor do those of Python's end, which take a second
 
 
 def explain(error: Exception) -> tuple[str, int]:

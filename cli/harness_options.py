@@ -10,8 +10,6 @@ from typing import Any
 
 import click
 
-from marlin_gptq.errors import InputError
-
 # Said better by our own notes, or meant for people who write tasks.
 SAID_OTHERWISE = (
     "Overwriting default num_fewshot",
@@ -76,12 +74,6 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(found):
         command = option(command)
     return command
-
-
-def require_output(output: Path | None) -> None:
-    """InputError, before any work, for a file that cannot be written."""
-    if output is not None and not output.absolute().parent.is_dir():
-        raise InputError(f"{output}: its directory does not exist; make it, or give another --output")
 
 
 def use_offline(offline: bool) -> None:

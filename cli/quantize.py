@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.quantize_summary import summary
 from marlin_gptq.cli.resume import go_on, keeping, options_of, resumed
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.destination import require_destination, require_work_directory
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.model_directory import read_json, resolve_model
 from marlin_gptq.output_directory import LOG_FILE
 from marlin_gptq.overrides import read_overrides
+from marlin_gptq.placement import Placement
 from marlin_gptq.quantization.loops import set_fused
 from marlin_gptq.work_directory import WorkDirectory
 
@@ -60,11 +63,10 @@ def _main(context: click.Context, arguments: dict[str, Any]) -> None:
         output, kept = arguments["output"], arguments.pop("resume") or arguments["work_dir"]
         chosen = context.get_parameter_source("preset") != ParameterSource.DEFAULT
         try:
-            _quantize(team, work, options_of(arguments), chosen, **arguments)
-        except KeyboardInterrupt as error:
-            rest = "; what stood there before is unchanged" if output.exists() else ""
-            rest += f"; go on with marlin-quantize --resume {kept}" if kept is not None else ""
-            raise failures.Interrupted(f"interrupted: nothing was written under {output}{rest}") from error
+            with failures.writing(
+                None if arguments["dry_run"] else output, f"go on with marlin-quantize --resume {kept}" if kept else ""
+            ):
+                _quantize(team, work, options_of(arguments), chosen, **arguments)
         finally:
             if work is not None:
                 work.close()
@@ -154,11 +156,16 @@ def _quantize(
         )
         click.echo(json.dumps({"model": model} | found) if as_json else dry.shown(found))
         return
-    require_free_name(output, overwrite)
+    files = {"the --dataset": Path(dataset), "the --config": config_file}
+    inputs = {"the model": Path(model)} | {what: file for what, file in files.items() if file and file.is_file()}
+    if work_dir is not None:
+        require_work_directory(work_dir, output, Path(model))
+    if Path(model).is_dir() or not overwrite:  # else its files must be known first: what are copies of them?
+        require_destination(output, overwrite=overwrite, inputs=inputs)
 
     from marlin_gptq.calibration import DEFAULT_SEQ_LEN, sequence_length
     from marlin_gptq.conversion.convert import HALF_SCALES
-    from marlin_gptq.conversion.export import convert_staged, require_exportable, staging_directory
+    from marlin_gptq.conversion.export import convert_aside, require_exportable
     from marlin_gptq.pipeline import quantize_model
     from marlin_gptq.requirements import require_quantizable, result_dtype
 
@@ -167,8 +174,8 @@ def _quantize(
     where = processes.own_device(options.torch_device(device))
     target = options.torch_dtype("float16" if half else dtype)
     model_dir = resolve_model(model, revision=revision, offline=offline)
-    if output.exists() and output.samefile(model_dir):
-        raise InputError(f"{output}: is the model itself; give another --output")
+    inputs["the model"] = model_dir
+    require_destination(output, overwrite=overwrite, inputs=inputs)
     if not recipe_chosen:
         config = _within_reach(display, model_dir, config, where, way)
     require_quantizable(model_dir, output, config, target, device=where, **way)
@@ -178,7 +185,13 @@ def _quantize(
     before = {"start": processes.age()}
     samples: list[Any] = []
     calibration: dict[str, Any] = {}
-    with keeping(work, work_dir if team.leads else None, {"options": given, "settings": config.to_dict()}) as kept:
+    with ExitStack() as stack:
+        kept = stack.enter_context(
+            keeping(work, work_dir if team.leads else None, {"options": given, "settings": config.to_dict()})
+        )
+        final: Placement | None = None  # of what is converted in the end; else quantize_model makes its own
+        if to != "marlin" and team.leads:
+            final = stack.enter_context(Placement(output, overwrite=overwrite, inputs=inputs))
         if work is not None:
             samples, calibration = go_on(work), work.arguments["calibration"]
             display.say(f"going on with the run in {work.directory}: {len(samples)} samples as they were")
@@ -197,19 +210,18 @@ def _quantize(
         processes.threads_as_leader(team)
         if kept is not None:
             kept.arguments["calibration"] = calibration
-        into = output if to == "marlin" else staging_directory(output)
         recipe = f"gptq, preset {config.preset}" if method == "gptq" else method
         display.say(f"quantizing {model} on {where.type}: {recipe}, 4 bits, group size {config.group_size}")
         with display.quantizing() as progress:
             report = quantize_model(
                 model_dir,
-                into,
+                output if final is None else final.aside(),
                 config,
                 samples,
                 device=where,
                 dtype=target,
                 shard_size=shard_bytes,
-                overwrite=overwrite or into != output,
+                overwrite=overwrite,
                 base_model=None if Path(model).is_dir() else model,
                 calibration=calibration,
                 progress=progress,
@@ -219,29 +231,18 @@ def _quantize(
                 team=team,
                 before=before,
             )
+        if final is not None:
+            with display.counting(f"writing {to}") as counting:
+                done = convert_aside(final, to, shard_size=shard_bytes, progress=counting)
+            report = replace(report, output=output, bytes_after=done.bytes_after)
     if not team.leads:
         return
-    if to != "marlin":
-        with display.counting(f"writing {to}") as counting:
-            done = convert_staged(output, to, shard_size=shard_bytes, overwrite=overwrite, progress=counting)
-        report = replace(report, output=output, bytes_after=done.bytes_after)
     if as_json:
         click.echo(json.dumps({"model": model, "format": to} | report.to_dict()))
     else:
         click.echo(summary(report, to))
     if kept is not None:
         display.say(f"note: the work directory {kept.directory} is no longer needed")
-
-
-def require_free_name(output: Path, overwrite: bool) -> None:
-    """InputError, before any work, for an output that exists or cannot be made."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: is a file; give a directory as --output")
-    if output.exists() and not overwrite:
-        raise InputError(f"{output}: exists already; give another --output, or --overwrite to replace it")
-    ancestor = _existing(output.absolute().parent)
-    if not ancestor.is_dir():
-        raise InputError(f"{output}: cannot be made, {ancestor} is a file")
 
 
 def _read_samples(
@@ -280,12 +281,6 @@ def _within_reach(
     if left_out:
         display.say(f"note: {left_out} (naming a --preset decides it)")
     return found
-
-
-def _existing(path: Path) -> Path:
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ _HOW: tuple[Callable[..., Any], ...] = (
         show_default=True,
         help="Largest size of a weight file; one fills in memory while the one before is written.",
     ),
-    click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it exists."),
+    click.option("--overwrite", is_flag=True, help="Replace OUTPUT if it is a model directory."),
     click.option(
         "--work-dir",
         type=click.Path(path_type=Path),

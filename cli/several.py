@@ -51,11 +51,13 @@ def fork(count: int) -> int | None:
             return None
         children[child] = rank
     codes = _wait(children)
-    if codes[0] in (0, -signal.SIGTERM):
+    ended = (-signal.SIGTERM, 128 + signal.SIGTERM)  # by us, because another failed, or all by somebody
+    failed = [code for code in codes if code and code not in ended]
+    if codes[0] == 0 or (codes[0] in ended and failed):
         for rank in range(1, count):
             said[rank].seek(0)
             os.write(2, said[rank].read())
-    failed = [code for code in codes if code not in (0, -signal.SIGTERM)] or [code for code in codes if code]
+    failed = failed or [code for code in codes if code]
     return (failed[0] if failed[0] > 0 else 128 - failed[0]) if failed else 0
 
 
@@ -84,7 +86,9 @@ def _wait(children: dict[int, int]) -> list[int]:
         for child in children:
             os.kill(child, signum)
 
-    heard = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) != signal.SIG_IGN]
+    heard = [
+        each for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN
+    ]
     before = {each: signal.signal(each, send) for each in heard}  # what is ignored here (nohup) is ignored by all
     ends = [(GRACE, signal.SIGTERM), (5 * GRACE, signal.SIGKILL)]  # after the first failure
     failed = 0.0

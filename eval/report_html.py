@@ -9,6 +9,7 @@ from typing import Any
 
 from marlin_gptq.eval.report import task_rows
 from marlin_gptq.eval.report_plots import error_plot, scale_plot
+from marlin_gptq.eval.result_files import TITLE_END
 
 
 def page(content: dict[str, Any]) -> str:
@@ -31,7 +32,7 @@ def page(content: dict[str, Any]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(name)}: evaluation</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<title>{_text(name)}{TITLE_END}\n<style>\n{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from marlin_gptq.eval.harness import Suite, TaskResult
+from marlin_gptq.eval.result_files import write_json
 from marlin_gptq.eval.task_summary import compare, group_results
 
 
@@ -24,7 +23,10 @@ class ModelTasks:
 
 @dataclass
 class TaskRecord:
-    """Of one model and perhaps its baseline; `file`, if given, is written anew after every task."""
+    """Of one model and perhaps its baseline; `file`, if given, is written anew after every task.
+
+    Where something else has come to be under that name, it is another one from then on.
+    """
 
     suite: Suite
     settings: dict[str, Any]
@@ -92,19 +94,7 @@ class TaskRecord:
 
     def save(self) -> None:
         if self.file is not None:
-            write_json(self.file, self.to_dict())
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: a temporary name beside the file, then renamed."""
-    write_text(file, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """UTF-8, whole or not at all."""
-    temporary = file.with_name(f".{file.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+            self.file = write_json(self.file, self.to_dict())
 
 
 def versions(packages: Sequence[str] = ("torch", "transformers", "lm_eval", "datasets")) -> dict[str, str]:

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,39 +17,44 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from marlin_gptq.destination import Inputs
 from marlin_gptq.disk import to_disk
-from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.errors import CheckpointError
 from marlin_gptq.model_directory import SAFETENSORS_INDEX, require_inside
+from marlin_gptq.placement import Placement
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 class CheckpointWriter:
-    """Writes a directory under a temporary name beside `output` and renames it at the end.
+    """Writes a directory in a `Placement`, and puts it in its place at the end.
 
     with CheckpointWriter(output, shard_size=10**9, overwrite=False) as writer:
         writer.add("model.norm.weight", tensor)    # goes to a shard whenever shard_size bytes are waiting
         writer.write_text("config.json", "…")
         writer.finish()
 
-    Leaving without `finish`, by an exception or otherwise, removes the temporary directory: what stood under
-    `output` before stays as it was. A full disk is a CheckpointError that says how much was asked for.
+    inputs  what is read for it, which must not be lost (`require_destination`).
+    place   a placement of `output` that was begun before, and is closed by whoever began it.
+
+    Leaving without `finish`, by an exception or otherwise, removes what was written: what stood under `output` before
+    stays as it was. A full disk is a CheckpointError that says how much was asked for.
 
     A shard is written and synced by a thread while the next one fills, so that up to two of them are in memory. What
     goes wrong in the thread is raised by the next `add`, `drain` or `finish`; the thread ends with the `with` block.
-
-    A killed process leaves its temporary directory behind. With `run`, the name of a run that may be resumed, the
-    next writer of that run removes it, and puts back what stood under `output` if it was killed between two renames.
     """
 
-    def __init__(self, output: Path, *, shard_size: int, overwrite: bool, run: str | None = None) -> None:
-        self._run = run
-        if run is not None:
-            tidy_up(output, run)
-        if output.exists() and not overwrite:
-            raise InputError(f"{output}: exists already; give another output or --overwrite")
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output}: exists and is not a directory; give another output")
+    def __init__(
+        self,
+        output: Path,
+        *,
+        shard_size: int,
+        overwrite: bool = False,
+        inputs: Inputs | None = None,
+        place: Placement | None = None,
+    ) -> None:
+        self._own_place = place is None
+        self._place = place or Placement(output, overwrite=overwrite, inputs=inputs or {})
         self.output = output
         self.shard_size = shard_size
         self._waiting: dict[str, Tensor] = {}
@@ -60,11 +64,8 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
         self._staging = torch.empty(0, dtype=torch.uint8)
         self.total_bytes = 0
-        try:
-            output.absolute().parent.mkdir(parents=True, exist_ok=True)
-            self.directory = self._beside(output, "partial")
-        except OSError as error:
-            raise InputError(f"{output}: cannot be created there ({error.strerror})") from error
+        self.directory = self._place.new
+        self.directory.mkdir(mode=0o700)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -75,7 +76,8 @@ class CheckpointWriter:
         try:
             self._thread.shutdown(cancel_futures=True)  # waits for the shard that is being written
         finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            if self._own_place:
+                self._place.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Queue one tensor; it is copied to the CPU."""
@@ -106,37 +108,21 @@ class CheckpointWriter:
         self._settle()
 
     def finish(self, ready: Callable[[Path], None] | None = None) -> None:
-        """Write what waits, name the shards, and put the directory in its place in one rename.
+        """Write what waits, name the shards, and put the directory in its place.
 
-        `ready` is called with the complete directory right before that.
+        `ready` is called with the complete directory right before that. TakenError: see `Placement.finish`.
         """
         self.drain()
         self._name_shards()
         # mkdtemp and safetensors make private files; the checkpoint gets the rights any new file has here.
         mask = os.umask(0)
         os.umask(mask)
-        self.directory.chmod(0o777 & ~mask)
-        for file in self.directory.iterdir():
-            file.chmod(0o666 & ~mask)
-            to_disk(file)
-        to_disk(self.directory)
+        for path in (*self.directory.rglob("*"), self.directory):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+            to_disk(path)
         if ready is not None:
             ready(self.directory)
-        if self.output.exists():
-            old = self._beside(self.output, "old")
-            self.output.rename(old / self.output.name)
-            self.directory.rename(self.output)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            self.directory.rename(self.output)
-
-    def _beside(self, output: Path, kind: str) -> Path:
-        """A new directory in that of `output`: of the name this run always uses, if it has one."""
-        if self._run is None:
-            return Path(tempfile.mkdtemp(prefix=f".{output.name}.{kind}-", dir=output.absolute().parent))
-        made = output.absolute().parent / f".{output.name}.{kind}-{self._run}"
-        made.mkdir(mode=0o700)
-        return made
+        self._place.finish()
 
     def _copied(self, tensor: Tensor) -> Tensor:
         """In host memory of its own; from a GPU by way of page-locked memory, because pageable copies crawl."""
@@ -196,12 +182,3 @@ class CheckpointWriter:
                     f"{free / 1e6:.1f} MB are free; make room or choose another output"
                 ) from error
             raise CheckpointError(f"{self.output}: cannot be written ({error})") from error
-
-
-def tidy_up(output: Path, run: str) -> None:
-    """After a kill of the run of that name: what stood under `output` back in its place, leftovers away."""
-    partial, old = (output.absolute().parent / f".{output.name}.{kind}-{run}" for kind in ("partial", "old"))
-    if (old / output.name).exists() and not output.exists():
-        (old / output.name).rename(output)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)

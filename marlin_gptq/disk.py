@@ -1,15 +1,13 @@
-"""Disks: whether there is room, a temporary place beside a result, and what is written brought safely onto them."""
+"""Disks: whether there is room, and what is written brought safely onto them."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
-from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.errors import CheckpointError
 
 
 def require_space(output: Path, size: int) -> None:
@@ -23,27 +21,22 @@ def require_space(output: Path, size: int) -> None:
 
 
 def standing(path: Path) -> Path:
-    """`path`, or the nearest directory above it that there is: what lies there is on the same disk."""
-    path = path.absolute()
+    """Where `path` leads, or the nearest directory above that there is: what lies there is on the same disk."""
+    path = Path(os.path.realpath(path))
     while not path.exists():
         path = path.parent
     return path
 
 
-@contextmanager
-def staging_directory(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `output`, on the same disk, for a result that is not the last; gone afterwards."""
-    if output.exists() and not overwrite:
-        raise InputError(f"{output}: exists already; give another output or --overwrite")
-    try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.absolute().parent))
-    except OSError as error:
-        raise InputError(f"{output}: cannot be created there ({error.strerror})") from error
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+def make_directories(path: Path) -> list[Path]:
+    """Make a directory and what is missing above it; those that were made, the innermost first."""
+    made = []
+    for directory in reversed([path, *path.parents]):
+        if not directory.exists():
+            with suppress(FileExistsError):  # another process was quicker
+                directory.mkdir()
+                made.append(directory)
+    return made[::-1]
 
 
 def to_disk(path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from marlin_gptq.checkpoint_writer import CheckpointWriter
 from marlin_gptq.model_directory import read_json
 from marlin_gptq.report import QuantizeReport
+from marlin_gptq.sealed_files import write_whole
 
 LOG_FILE = "quantize_log.json"
 CARD = "README.md"
@@ -119,7 +120,5 @@ def fill_card(directory: Path, figures: str) -> Path:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     text = f"{before}{filled}{after}" if begin and end else f"{text.rstrip()}\n\n## Evaluation\n\n{filled}\n"
-    temporary = directory / f".{CARD}.writing"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(card)
+    write_whole(card, text.encode())
     return card

@@ -28,7 +28,7 @@ from marlin_gptq.checkpoint_writer import CheckpointWriter
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Cost, Costs
 from marlin_gptq.device_memory import free_bytes
-from marlin_gptq.disk import require_space, staging_directory
+from marlin_gptq.disk import require_space
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.estimates import SIDE_BY_SIDE, staged_bytes, streams
@@ -39,6 +39,7 @@ from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import outline
 from marlin_gptq.modeling.output_gradients import chosen_samples
 from marlin_gptq.output_directory import write_companions
+from marlin_gptq.placement import Placement, parent_of
 from marlin_gptq.quantization.loops import PLAIN, inner_loops
 from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.report import ProgressEvent, QuantizeReport
@@ -94,7 +95,8 @@ def quantize_model(
     team        the processes that work on it together, each calling this with the same arguments (`work`, `progress`
                 and what is written are the first one's). Equal to one process but for the order of sums.
 
-    Nothing appears under `output` before everything is written. Raises InputError, CheckpointError or
+    Nothing appears under `output` before everything is written; an existing `output` is replaced with `overwrite` only,
+    and only if it is a model directory (destination.py). Raises InputError, CheckpointError or
     QuantizationError, each naming what is wrong; an interrupted run leaves nothing behind.
     """
     started = time.perf_counter()
@@ -106,15 +108,15 @@ def quantize_model(
             model_dir, output, config, dtype,
             device=device, kept=work is not None, processes=team.size, limited=max_gpu_memory is not None,
         )  # fmt: skip
-        with staging_directory(output, overwrite) as staging:
+        with Placement(output, overwrite=overwrite, inputs={"the model": model_dir}) as place:
             first = quantize_model(
-                model_dir, staging / output.name, replace(config, tune_steps=0), samples,
+                model_dir, place.aside(), replace(config, tune_steps=0), samples,
                 device=device, dtype=dtype, shard_size=shard_size, base_model=base_model, calibration=calibration,
                 progress=progress, spill=spill, before=before,
             )  # fmt: skip
             return tune_checkpoint(
                 model_dir, first.output, output, first, config, samples,
-                device=device, shard_size=shard_size, overwrite=overwrite, progress=progress,
+                device=device, shard_size=shard_size, overwrite=overwrite, progress=progress, place=place,
             )  # fmt: skip
     costs = Costs(device)
     target = result_dtype(model_dir, dtype)
@@ -142,11 +144,12 @@ def quantize_model(
         shared |= {"processes": team.size, "inner loops": loops}
         shared |= {TOGETHER: plan.tuned_tokens} if config.tunes_blocks else {}
         work.begin(_facts(model_dir, config, target, shard_size, device) | shared, samples)
-    disk = work.directory if work else output.absolute().parent
+    disk = work.directory if work else parent_of(output)
     run = BlockRun(stream, config, target, sum(map(len, linears)), progress, plan, disk, team, costs, work=work)
-    name = work.id if work else None
-    # Only the first process writes.
-    writing = CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, run=name) if team.leads else None
+    inputs = {"the model": model_dir} | ({"the work directory": work.directory} if work else {})
+    writing = None
+    if team.leads:  # only the first process writes
+        writing = CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, inputs=inputs)
     with writing or nullcontext() as writer, closing(stream):
         costs.rest("open", started)
         stream.read_ahead(0)

@@ -26,7 +26,7 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(writing, path)
         to_disk(path.parent)
-    except OSError:
+    except BaseException:
         writing.unlink(missing_ok=True)
         raise
 

@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from contextlib import suppress
@@ -31,15 +32,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from marlin_gptq.checkpoint_writer import tidy_up
-from marlin_gptq.disk import require_space, standing
+from marlin_gptq.disk import make_directories, require_space, standing
 from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.placement import recover
 from marlin_gptq.sealed_files import WRITING, read_bytes, read_sealed, sealed, write_whole
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 RUN, SAMPLES, LOCK, FINISHING = "run.json", "samples.safetensors", "lock", "finishing.json"
+_OURS = re.compile(r"(run|finishing)\.json|samples\.safetensors|[a-z]+-\d{5}\.(json|safetensors)")
+# What the lock holds: by it a directory is known as one of ours before there is a run in it.
+MARK = b"work directory of marlin-gptq\n"
 _PIECES, _PIECE = 64, 4096
 
 
@@ -58,7 +62,7 @@ class WorkDirectory:
         self.directory = directory
         self.content: dict[str, Any] = {}
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            self._made = make_directories(directory)
             self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise InputError(f"{directory}: cannot be a work directory ({error.strerror})") from error
@@ -67,6 +71,7 @@ class WorkDirectory:
         except OSError as error:
             os.close(self._lock)
             raise InputError(f"{directory}: another run works there; wait for it, or give another directory") from error
+        os.pwrite(self._lock, MARK, 0)
 
     @classmethod
     def new(cls, directory: Path, arguments: dict[str, Any]) -> WorkDirectory:
@@ -75,9 +80,8 @@ class WorkDirectory:
             raise InputError(
                 f"{directory}: holds a run already; go on with it by --resume {directory}, or give another --work-dir"
             )
-        known = (LOCK, SAMPLES)
         if directory.is_dir():
-            strange = [file.name for file in directory.iterdir() if file.name not in known and WRITING not in file.name]
+            strange = [file.name for file in directory.iterdir() if file.name not in _before_a_run(directory)]
             if strange:
                 raise InputError(f"{directory}: is not empty (it holds {sorted(strange)[0]}); give another --work-dir")
         work = cls(directory)
@@ -91,20 +95,17 @@ class WorkDirectory:
             raise InputError(
                 f"{directory}: holds no {RUN}, so there is no run to go on with; start one with --work-dir {directory}"
             )
-        work = cls(directory)
-        try:
-            work.content = read_sealed(directory / RUN)
-        except CheckpointError:
-            work.close()
-            raise
-        if work.content.get("format") != FORMAT:
-            work.close()
+        content = read_sealed(directory / RUN)  # before anything is written: it may be the directory of something else
+        if content.get("format") != FORMAT:
             raise CheckpointError(
-                f"{directory / RUN}: is of format {work.content.get('format')}, this version writes {FORMAT}; "
+                f"{directory / RUN}: is of format {content.get('format')}, this version writes {FORMAT}; "
                 "start anew with another --work-dir"
             )
+        work = cls(directory)
+        work.content = content
         for leftover in directory.glob(f"*{WRITING}"):
-            leftover.unlink()
+            if _OURS.fullmatch(leftover.name.removesuffix(WRITING)):
+                leftover.unlink()
         return work
 
     def __enter__(self) -> WorkDirectory:
@@ -116,14 +117,15 @@ class WorkDirectory:
         self.close()
 
     def close(self) -> None:
-        """Let the lock go. A directory in which no run was begun is removed, if nothing else is in it."""
+        """Let the lock go. Where no run was begun, what was made for it is removed."""
         if self._lock < 0:
             return
         if not (self.directory / RUN).exists():
-            for name in (SAMPLES, LOCK):
+            for name in sorted(_before_a_run(self.directory)):
                 (self.directory / name).unlink(missing_ok=True)
-            with suppress(OSError):
-                self.directory.rmdir()
+            for made in self._made:
+                with suppress(OSError):  # somebody put something there
+                    made.rmdir()
         os.close(self._lock)
         self._lock = -1
 
@@ -210,23 +212,22 @@ class WorkDirectory:
         require_space(self.directory, max(0, size - stored) + (size if shared else 0))
 
     def finishing(self, directory: Path) -> None:
-        """Note that `directory` is complete and about to be renamed to the output."""
-        self._write(FINISHING, sealed({"inode": directory.stat().st_ino}))
+        """Note that `directory` is complete and about to become the output."""
+        self._write(FINISHING, sealed({"inode": (directory / "config.json").stat().st_ino}))
 
     def finished(self, output: Path) -> bool:
         """Whether `output` is what this run made: a run may be killed right after its last rename.
 
         Then what it replaced may still lie beside it, and is removed.
         """
-        if not output.is_dir() or not (self.directory / FINISHING).is_file():
+        recover(output)
+        config = output / "config.json"
+        if not config.is_file() or not (self.directory / FINISHING).is_file():
             return False
         try:
-            made = read_sealed(self.directory / FINISHING)["inode"] == output.stat().st_ino
+            return read_sealed(self.directory / FINISHING)["inode"] == config.stat().st_ino
         except CheckpointError:
             return False
-        if made:
-            tidy_up(output, self.id)
-        return made
 
     def _write(self, name: str, content: bytes) -> None:
         try:
@@ -256,6 +257,16 @@ def model_digest(model_dir: Path) -> str:
                 file.seek(max(0, size - _PIECE) * piece // (_PIECES - 1))
                 digest.update(file.read(_PIECE))
     return digest.hexdigest()
+
+
+def _before_a_run(directory: Path) -> set[str]:
+    """The names of what a run that was killed before it began, or one that begins, may have in its directory."""
+    try:
+        mark = (directory / LOCK).read_bytes()
+    except OSError:
+        return set()
+    names = {SAMPLES, f"{SAMPLES}{WRITING}", f"{RUN}{WRITING}"} if mark == MARK else set()
+    return names | {LOCK} if mark in (MARK, b"") else names
 
 
 def _samples_digest(samples: list[Tensor]) -> str:

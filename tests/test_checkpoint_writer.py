@@ -48,7 +48,7 @@ def test_writer_queues_a_copy(tmp_path: Path) -> None:
 
 def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
     write(tmp_path / "out", {"t": torch.zeros(2)})
-    with pytest.raises(InputError, match="exists already; give another output or --overwrite"):
+    with pytest.raises(InputError, match="exists already; give another --output, or --overwrite"):
         write(tmp_path / "out", {"t": torch.ones(2)})
     for error in (RuntimeError, KeyboardInterrupt):
         with (
@@ -67,9 +67,9 @@ def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_unwritable_places_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="exists and is not a directory"):
+    with pytest.raises(InputError, match="is a file; give a directory as --output"):
         CheckpointWriter(tmp_path / "file", shard_size=1, overwrite=True)
-    with pytest.raises(InputError, match="cannot be created there"):
+    with pytest.raises(InputError, match=r"cannot be made, .*file is a file"):
         CheckpointWriter(tmp_path / "file" / "out", shard_size=1, overwrite=False)
 
 

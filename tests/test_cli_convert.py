@@ -59,6 +59,11 @@ def test_a_conversion_and_its_words(models: dict[str, Path], tmp_path: Path) -> 
     assert "| converted from | marlin (marlin), codes and scales unchanged |" in card
     assert "| method | rtn" in card, "the recipe is carried along"
     assert (output / "quantize_log.json").is_file()
+    (output / "notes.txt").touch()
+    again = ("--to", "gptq", "-o", output, "--overwrite")
+    assert "holds notes.txt beside a model" in refused(convert.main, models["marlin"], *again)
+    (output / "notes.txt").unlink()
+    assert run(convert.main, models["marlin"], *again).exit_code == 0
 
 
 def test_json_is_one_object(models: dict[str, Path], tmp_path: Path) -> None:
@@ -93,7 +98,12 @@ def test_refusals(models: dict[str, Path], tmp_path: Path) -> None:
     assert "is the model itself" in refused(
         convert.main, models["awq"], "--to", "marlin", "-o", models["awq"], "--overwrite"
     )
-    assert "exists already" in refused(convert.main, models["awq"], "--to", "marlin", "-o", tmp_path)
+    assert "exists already" in refused(convert.main, models["awq"], "--to", "marlin", "-o", models["marlin"])
+    around = models["awq"].parent
+    assert "holds the model" in refused(convert.main, models["awq"], "--to", "marlin", "-o", around, "--overwrite")
+    file = models["base"] / "model.safetensors"
+    arguments = (models["marlin"], "--to", "original", "-o", file, "--overwrite")
+    assert "is no torch state dict; --overwrite replaces nothing else" in refused(convert.main, *arguments)
     assert "no such directory" in refused(convert.main, "./nowhere", "--to", "marlin", "-o", out)
     assert not list(tmp_path.iterdir())
 
@@ -162,8 +172,8 @@ def test_a_failed_conversion_keeps_the_work(models: dict[str, Path], tmp_path: P
 
     monkeypatch.setattr(export, "convert_checkpoint", fail)
     sentence = refused(quantize.main, models["base"], "-o", tmp_path / "out", "--format", "gptq", "--method", "rtn")
-    assert sentence.endswith(f"the quantized model itself is safe in the Marlin directory {tmp_path}/.out.marlin")
-    assert marlin_gptq.load(tmp_path / ".out.marlin") is not None
+    assert sentence.endswith(f"the quantized model itself is safe in the Marlin directory {tmp_path}/out.marlin")
+    assert marlin_gptq.load(tmp_path / "out.marlin") is not None
 
 
 # ---- marlin-inspect

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,10 +130,52 @@ def test_fewer_samples_are_a_warning(model_dir: Path, texts: str, tmp_path: Path
 
 def test_overwriting_when_asked(model_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "old").touch()
-    assert run(model_dir, "-o", output, "--method", "rtn", "--overwrite").exit_code == 0
-    assert not (output / "old").exists() and (output / "config.json").exists()
+    arguments = (model_dir, "-o", output, "--method", "rtn")
+    assert run(*arguments).exit_code == 0
+    (output / "notes.txt").touch()
+    assert "holds notes.txt beside a model; --overwrite replaces only" in refused(*arguments, "--overwrite")
+    (output / "notes.txt").rename(output / "vocab.txt")
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert not (output / "vocab.txt").exists() and (output / "config.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["marlin", "gptq", "tuned"])
+def test_an_output_that_comes_to_be_meanwhile_stays(
+    model_dir: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    write, output = pipeline.write_companions, tmp_path / "out"
+
+    def meanwhile(*arguments: Any) -> None:
+        output.mkdir()
+        (output / "precious.txt").touch()
+        write(*arguments)
+
+    monkeypatch.setattr(pipeline, "write_companions", meanwhile)
+    arguments: tuple[Any, ...] = ("--method", "rtn", "--format", kind, "--dtype", "float16")
+    if kind == "tuned":
+        arguments = ("--dataset", texts, "--n-samples", 3, "--device", "cpu", "--tune-steps", 1)
+    sentence = refused(model_dir, "-o", output, *arguments)
+    assert sentence == (
+        f"{output}: has come to be while this ran; it stays as it is, the finished result is {tmp_path / 'out.result'}"
+    )
+    assert [path.name for path in output.iterdir()] == ["precious.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.result", "texts.jsonl"]
+    settings = json.loads((tmp_path / "out.result" / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == ("gptq" if kind == "gptq" else "marlin_gptq")
+    assert settings.get("tune_steps", 0) == (kind == "tuned")
+
+
+def test_where_activations_wait_is_passed_on(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def quantize_model(*_: Any, spill: str | None, **__: Any) -> None:
+        asked.append(spill)
+        raise InputError("stop here")
+
+    monkeypatch.setattr(pipeline, "quantize_model", quantize_model)
+    for spill, to in (("auto", "marlin"), ("disk", "marlin"), ("host", "awq")):
+        refused(model_dir, "-o", tmp_path / "out", "--method", "rtn", "--spill", spill, "--format", to)
+    assert asked == [None, "disk", "host"]
 
 
 def test_help_names_every_option_of_the_recipe() -> None:
@@ -202,6 +247,25 @@ class TestRefusedBeforeAnyWork:
     def test_the_model_as_its_own_output(self, model_dir: Path) -> None:
         assert "is the model itself; give another --output" in refused(model_dir, "-o", model_dir, "--overwrite")
         assert (model_dir / "model.safetensors").exists()
+
+    def test_an_output_that_holds_what_is_read(self, model_dir: Path, texts: str, tmp_path: Path) -> None:
+        (tmp_path / "zoo").mkdir()
+        (tmp_path / "zoo" / "model").symlink_to(model_dir)
+        sentence = refused(tmp_path / "zoo" / "model", "-o", model_dir.parent, "--overwrite")
+        assert f"holds the model ({tmp_path / 'zoo' / 'model'}); give another --output" in sentence
+        assert "holds the --dataset" in refused(model_dir, "-o", tmp_path, "--dataset", texts, "--overwrite")
+        (tmp_path / "rules.yaml").write_text("'k_proj': {group_size: 64}\n")
+        Path(texts).unlink()
+        assert "holds the --config" in refused(model_dir, "-o", tmp_path, "--config", tmp_path / "rules.yaml")
+
+    @pytest.mark.parametrize("work", ["out", "out/work", "x/../out", "."])
+    def test_a_work_directory_that_is_not_apart(
+        self, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        sentence = refused(model_dir, "-o", "out", "--work-dir", work)
+        assert sentence.startswith(f"--work-dir {Path(work)}: ") and "give a directory of its own" in sentence
+        assert list(tmp_path.iterdir()) == []
 
     def test_groups_that_do_not_fit(self, tmp_path: Path) -> None:
         directory = save_character_model(tmp_path / "model", hidden_size=96, intermediate_size=192)
@@ -379,7 +443,10 @@ def test_exit_code_of_the_process(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_ctrl_c_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [("SIGINT", 2), ("SIGTERM", 143)])
+def test_a_signal_leaves_nothing(tiny_llama: Path, tmp_path: Path, sent: str, code: int) -> None:
+    """Ctrl-C; docker, Slurm, timeout."""
+    number = getattr(signal, sent)
     arguments = (tiny_llama, "-o", tmp_path / "out", "--dataset", "demo", "--device", "cpu", "--n-samples", 4)
     running = subprocess.Popen(
         process(*arguments),
@@ -387,18 +454,56 @@ def test_ctrl_c_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         # A test run in the background may ignore Ctrl-C, and would hand that down.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert running.stderr is not None
     for line in running.stderr:
         if line.startswith("[1/"):
             break
-    running.send_signal(signal.SIGINT)
+    running.send_signal(number)
     output, errors = running.communicate(timeout=60)
-    assert running.returncode == 2, errors
+    assert running.returncode == code, errors
     assert errors.strip().split("\n")[-1] == f"error: interrupted: nothing was written under {tmp_path / 'out'}"
     assert "Traceback" not in errors and output == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_signals_end_a_command_once() -> None:
+    """A closed terminal; more signals do not disturb the cleaning; what is ignored (nohup) stays ignored."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        cleaned = False
+        with failures._signals_as_exceptions() as ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert ended == []
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGHUP)
+                    time.sleep(10)
+            finally:
+                os.kill(os.getpid(), signal.SIGHUP)
+                os.kill(os.getpid(), signal.SIGINT)
+                cleaned = True
+        assert cleaned and ended == [signal.SIGHUP]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_an_interruption_says_is_true(tmp_path: Path) -> None:
+    def told(meanwhile: Callable[[], Any], hint: str = "") -> str:
+        with pytest.raises(failures.Interrupted) as caught, failures.writing(tmp_path / "out", hint):
+            meanwhile()
+            raise KeyboardInterrupt
+        return str(caught.value)
+
+    nothing = f"interrupted: nothing was written under {tmp_path / 'out'}"
+    assert told(lambda: None, "do this") == f"{nothing}; do this"
+    done = f"interrupted: {tmp_path / 'out'} was written already and is complete"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").touch()
+    assert told(lambda: (tmp_path / "new").rename(tmp_path / "out")) == done
+    assert told(lambda: None) == f"{nothing}; what stood there before is unchanged"
 
 
 def test_a_process_of_its_own_does_not_find_what_the_command_leaves_unused(monkeypatch: pytest.MonkeyPatch) -> None:

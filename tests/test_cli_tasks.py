@@ -142,6 +142,8 @@ def test_bad_inputs(model_dir: Path, tasks_dir: Path, tmp_path: Path) -> None:
     assert "--tasks: got no name" in refused(*local, ",")
     assert "'0' is neither auto nor a number from 1" in refused(*local, "evenness", "--batch-size", 0)
     assert "its directory does not exist" in refused(*local, "evenness", "-o", tmp_path / "no" / "file.json")
+    config = model_dir / "config.json"
+    assert "exists and is no result of marlin-eval, so it stays" in refused(*local, "evenness", "-o", config)
     assert "no such directory" in refused("mmlu", tmp_path / "nowhere")
     assert "no test/SUBJECT_test.csv in it" in refused("mmlu", model_dir, "--data-dir", tmp_path)
 

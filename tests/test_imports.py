@@ -35,8 +35,10 @@ LAYERS = [
         "marlin_gptq.costs",
         "marlin_gptq.text_files",
         "marlin_gptq.model_directory",
-        "marlin_gptq.disk",
+        "marlin_gptq.placement",
     },
+    {"marlin_gptq.destination"},
+    {"marlin_gptq.disk"},
     {"marlin_gptq.errors"},
 ]
 PARTS = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}

@@ -175,6 +175,7 @@ def test_an_interrupted_report_holds_what_was_finished(
     [
         (("-o", "figures.json"), "give a page: report.html"),
         (("-o", "no/where/report.html"), "its directory does not exist"),
+        (("-o", "README.md"), "README.md: exists and is no result of marlin-eval, so it stays"),
         (("--datasets", "wikitext"), "dataset: got 'wikitext', did you mean wikitext2?"),
         (("--throughput", "no.json"), "no.json: no such file"),
         (("--subjects", "anatomy"), "--subjects: chooses among the files of --data-dir"),

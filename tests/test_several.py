@@ -124,6 +124,27 @@ def test_one_way_to_start_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_ended_by_a_signal_they_clean_up(tmp_path: Path) -> None:
+    save_texts(texts := tmp_path / "texts.jsonl")
+    source = save_character_model(tmp_path / "source", num_hidden_layers=16)
+    arguments = [source, "--dataset", texts, "--n-samples", 5, "--preset", "marlin", "--device", "cpu"]
+    command = [sys.executable, "-m", "marlin_gptq.cli.quantize", *arguments, "-o", tmp_path / "deep" / "out"]
+    for sent, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        process = subprocess.Popen(
+            [*map(str, command), "--processes", "2"], stderr=subprocess.PIPE, text=True, preexec_fn=os.setsid
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("["):
+                break
+        process.send_signal(sent)
+        errors = process.stderr.read()  # until all of them have ended
+        assert process.wait(60) == code
+        assert errors.count("error: interrupted: nothing was written under") == 1, errors
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "texts.jsonl"]
+
+
+@pytest.mark.slow
 def test_the_command_does_what_it_does_under_torchrun(tmp_path: Path) -> None:
     source = save_character_model(tmp_path / "source")
     save_texts(texts := tmp_path / "texts.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from helpers import save_tiny_model
 from helpers_work_directory import BLOCKS, Killed, blocks_of, content_of, run
 
-from marlin_gptq import checkpoint_writer, work_directory
+from marlin_gptq import placement, work_directory
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +66,15 @@ def test_killed_at_any_write(
     assert attempts > 3 and content_of(tmp_path / "out") == expected
 
 
-def test_killed_before_the_replaced_directory_is_gone(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, Any]
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("replaced")
-
-    def fatal(path: Path, **_: Any) -> None:
-        if ".old-" in str(path) and path.exists():
-            raise Killed
-
-    with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(checkpoint_writer.shutil, "rmtree", fatal)
+def test_killed_before_the_replaced_directory_is_gone(source: Path, tmp_path: Path, expected: dict[str, Any]) -> None:
+    save_tiny_model(tmp_path / "out", seed=5)
+    child = os.fork()
+    if child == 0:
+        placement.shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
         run(source, tmp_path / "out", tmp_path / "work", overwrite=True)
-    assert len(list(tmp_path.glob(".out.old-*"))) == 1
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert len(list(tmp_path.glob(".out.partial-*/old/model.safetensors"))) == 1
     run(source, tmp_path / "out", tmp_path / "work", overwrite=True)
     assert content_of(tmp_path / "out") == expected
     assert {path.name for path in tmp_path.iterdir()} == {"out", "work"}

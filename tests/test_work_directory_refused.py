@@ -11,6 +11,7 @@ from helpers import random_samples, save_tiny_model
 from helpers_work_directory import BLOCKS, CPU, SAMPLES, Killed, run
 
 from marlin_gptq import CheckpointError, InputError, QuantizationConfig, quantize_model, work_directory
+from marlin_gptq.destination import LOCK
 from marlin_gptq.report import ProgressEvent
 from marlin_gptq.work_directory import WorkDirectory, model_digest
 
@@ -101,6 +102,42 @@ def test_directories_that_do_not_fit(tmp_path: Path, begun: Path) -> None:
         WorkDirectory.new(tmp_path / "file" / "work", {})
 
 
+@pytest.mark.parametrize("names", [("samples.safetensors",), ("lock", "samples.safetensors"), ("novel.writing",)])
+def test_files_that_only_look_like_ours_stay(tmp_path: Path, names: tuple[str, ...]) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in names:
+        (work / name).write_text("only copy")
+    with pytest.raises(InputError, match="work: is not empty"):
+        WorkDirectory.new(work, {})
+    assert {path.name: path.read_text() for path in work.iterdir()} == dict.fromkeys(names, "only copy")
+
+
+def test_a_run_json_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "novel.writing").touch()
+    with pytest.raises(CheckpointError, match=r"run\.json: damaged"):
+        WorkDirectory.resume(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["novel.writing", "run.json"]
+
+
+def test_what_a_run_killed_before_it_began_left_is_used_again(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    for name, content in (("lock", work_directory.MARK), ("samples.safetensors", b""), ("run.json.writing", b"")):
+        (work / name).write_bytes(content)
+    with WorkDirectory.new(work, {}):
+        pass
+    assert list(work.iterdir()) == [], "but the directory was there before"
+
+
+def test_files_of_a_user_in_a_work_directory_stay(begun: Path) -> None:
+    (begun / "block-00007.json.writing").touch()
+    (begun / "novel.writing").touch()
+    WorkDirectory.resume(begun).close()
+    assert (begun / "novel.writing").exists() and not (begun / "block-00007.json.writing").exists()
+
+
 def test_nothing_begun_leaves_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), WorkDirectory.new(tmp_path / "work", {}):
         _ = 1 / 0
@@ -124,14 +161,13 @@ def test_another_format_is_refused(begun: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_stood_under_the_output_comes_back(source: Path, tmp_path: Path, begun: Path) -> None:
     """Killed between the two renames that replace an old output."""
-    with WorkDirectory.resume(begun) as work:
-        old = tmp_path / f".out.old-{work.id}"
-        partial = tmp_path / f".out.partial-{work.id}"
-    (old / "out").mkdir(parents=True)
-    (old / "out" / "precious").touch()
-    partial.mkdir(exist_ok=True)
+    folder = tmp_path / ".out.partial-abcdefgh"
+    save_tiny_model(folder / "old", seed=5)
+    (folder / "new").mkdir()
+    (folder / LOCK).touch()
+    config = QuantizationConfig(clip=False)
     with pytest.raises(InputError, match="out: exists already"):
-        run(source, tmp_path / "out", begun)
-    assert (tmp_path / "out" / "precious").exists() and not old.exists() and not partial.exists()
-    run(source, tmp_path / "out", begun, overwrite=True)
-    assert not (tmp_path / "out" / "precious").exists() and (tmp_path / "out" / "config.json").exists()
+        run(source, tmp_path / "out", begun, config)
+    assert (tmp_path / "out" / "model.safetensors").exists() and not folder.exists()
+    run(source, tmp_path / "out", begun, config, overwrite=True)
+    assert "quantization_config" in (tmp_path / "out" / "config.json").read_text()

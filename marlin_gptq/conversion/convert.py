@@ -30,6 +30,7 @@ from marlin_gptq.conversion.survey import Survey, run_linear, survey
 from marlin_gptq.disk import require_space
 from marlin_gptq.errors import InputError
 from marlin_gptq.output_directory import CARD, LOG_FILE
+from marlin_gptq.placement import Placement
 
 HALF_SCALES = ("gptq", "awq", ORIGINAL)  # formats whose scales are float16
 Progress = Callable[[int, int], None]
@@ -69,6 +70,7 @@ def convert_checkpoint(
     shard_size: int = 10**9,
     overwrite: bool = False,
     progress: Progress | None = None,
+    place: Placement | None = None,
 ) -> ConversionReport:
     """Convert the quantized directory `path` (Marlin, GPTQ, AWQ or compressed-tensors) to another format.
 
@@ -78,6 +80,7 @@ def convert_checkpoint(
     gptq_version  of a GPTQ result; by default 1 for a symmetric grid, which everything reads, and 2 for others.
     name          what the model card calls the source; by default the name of its directory.
     progress      called with (done, total) linears.
+    place         a placement of `output` that was begun before.
 
     Codes, scales and zero points keep every bit; tensors that are not quantized are copied. All that the format cannot
     hold is found before anything is written: InputError names the first linear and what it is. CheckpointError for
@@ -91,10 +94,11 @@ def convert_checkpoint(
     bytes_before = sum(source.store.size(name) for name in source.store.names)
     require_space(output, bytes_before)
     writer: CheckpointWriter | StateDictWriter
+    inputs = sources(path, base)
     if to == ORIGINAL:
-        writer = StateDictWriter(output, overwrite=overwrite)
+        writer = StateDictWriter(output, overwrite=overwrite, inputs=inputs)
     else:
-        writer = CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite)
+        writer = CheckpointWriter(output, shard_size=shard_size, overwrite=overwrite, inputs=inputs, place=place)
     with writer:
         owner = {part: name for name in source.linears for part in source.parts(name)}
         others, done = set(source.others()), set[str]()
@@ -129,6 +133,11 @@ def convert_checkpoint(
             _write_companions(writer, source, result_settings(source, target), report)
         writer.finish()
     return report
+
+
+def sources(path: Path, base: Path | None) -> dict[str, Path]:
+    """What a conversion reads, as sentences call it; no output may take its place."""
+    return {"the model": path} | ({} if base is None else {"the base model": base})
 
 
 def _target(source: Source, found: Survey, to: str, gptq_version: int | None) -> Layout:

@@ -1,13 +1,12 @@
 """`marlin-quantize --format`: a model quantized straight into another format than Marlin.
 
-A run ends in a Marlin directory under a temporary name beside the output, which is then converted and removed: so every
+A run ends in a Marlin directory in a temporary folder beside the output, which is then converted and removed: so every
 recipe reaches every format. What the format cannot hold is known from shapes and settings alone, and is refused before
 the work, not after it.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from marlin_gptq.conversion.convert import (
 from marlin_gptq.conversion.settings import Layout
 from marlin_gptq.conversion.source import architecture
 from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError
+from marlin_gptq.placement import Placement, TakenError
 
 
 def require_exportable(model_dir: Path, config: QuantizationConfig, to: str, dtype: torch.dtype) -> list[str]:
@@ -53,26 +53,18 @@ def require_exportable(model_dir: Path, config: QuantizationConfig, to: str, dty
     return engine_warnings(quantized, kept, target, found.config)
 
 
-def staging_directory(output: Path) -> Path:
-    """Where the Marlin directory of a run stands until it is converted."""
-    return output.absolute().parent / f".{output.name}.marlin"
+def convert_aside(place: Placement, to: str, *, shard_size: int, progress: Progress | None = None) -> ConversionReport:
+    """Convert the Marlin directory `place.aside()` into the output of `place`.
 
-
-def convert_staged(
-    output: Path, to: str, *, shard_size: int, overwrite: bool, progress: Progress | None = None
-) -> ConversionReport:
-    """Convert the Marlin directory in `staging_directory(output)` into `output`, and remove it.
-
-    If that fails, it stays, and the error says where: the work is not lost.
+    If that fails, the Marlin directory is kept beside the output, and the error says where: the work is not lost.
     """
-    staging = staging_directory(output)
+    made, output = place.aside(), place.output
     try:
-        report = convert_checkpoint(
-            staging, output, to, name=output.name, shard_size=shard_size, overwrite=overwrite, progress=progress
+        return convert_checkpoint(
+            made, output, to, name=output.name, shard_size=shard_size, progress=progress, place=place
         )
+    except TakenError:
+        raise  # the result itself is kept
     except (MarlinGPTQError, OSError) as error:
-        raise CheckpointError(
-            f"{error}; the quantized model itself is safe in the Marlin directory {staging}"
-        ) from error
-    shutil.rmtree(staging, ignore_errors=True)
-    return report
+        kept = place.keep(made, "marlin")
+        raise CheckpointError(f"{error}; the quantized model itself is safe in the Marlin directory {kept}") from error

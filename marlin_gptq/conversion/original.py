@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,8 +19,10 @@ from torch import Tensor
 from marlin_gptq.config import GROUP_SIZES
 from marlin_gptq.conversion.settings import ORIGINAL, Layout, stored_settings
 from marlin_gptq.conversion.source import Source
+from marlin_gptq.destination import Inputs
 from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.model_directory import read_json, resolve_model
+from marlin_gptq.placement import Placement
 
 # Kept by old versions of transformers; today's model computes them.
 COMPUTED = ("rotary_emb.inv_freq",)
@@ -108,20 +109,16 @@ class StateDictStore:
 
 
 class StateDictWriter:
-    """Collects tensors and saves them in one file, under a temporary name first; the counterpart of CheckpointWriter.
+    """Collects tensors and saves them in one file, put in its place at the end; the counterpart of CheckpointWriter.
 
     torch.save needs all tensors at once: the host memory of the quantized model.
     """
 
-    def __init__(self, output: Path, *, overwrite: bool) -> None:
-        if output.is_dir():
-            raise InputError(f"{output}: is a directory; the original format is one file (OUT.marlin.g128)")
-        if output.exists() and not overwrite:
-            raise InputError(f"{output}: exists already; give another output or --overwrite")
+    def __init__(self, output: Path, *, overwrite: bool, inputs: Inputs | None = None) -> None:
+        self._place = Placement(output, overwrite=overwrite, inputs=inputs or {}, file=True)
         self.output = output
         self.total_bytes = 0
         self._tensors: dict[str, Tensor] = {}
-        self._temporary: Path | None = None
 
     def __enter__(self) -> StateDictWriter:
         return self
@@ -129,8 +126,7 @@ class StateDictWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
+        self._place.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Keep one tensor."""
@@ -138,20 +134,12 @@ class StateDictWriter:
         self.total_bytes += tensor.numel() * tensor.element_size()
 
     def finish(self) -> None:
-        """Save, and put the file in its place in one rename."""
-        parent = self.output.absolute().parent
+        """Save, and put the file in its place. TakenError: see `Placement.finish`."""
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{self.output.name}.partial-", dir=parent)
-            self._temporary = Path(name)
-            with os.fdopen(handle, "wb") as file:
+            with open(self._place.new, "wb") as file:
                 torch.save(self._tensors, file)
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{self.output}: cannot be written ({error})") from error
-        mask = os.umask(0)
-        os.umask(mask)
-        self._temporary.chmod(0o666 & ~mask)
-        self._temporary.replace(self.output)
-        self._temporary = None
+        self._place.finish()

@@ -27,6 +27,7 @@ from marlin_gptq.device_memory import free_bytes, give_back
 from marlin_gptq.modeling.architecture import read_config, require_finite
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.output_directory import write_companions
+from marlin_gptq.placement import Placement
 from marlin_gptq.report import ProgressEvent, QuantizeReport, rescaled
 from marlin_gptq.tuning.end_to_end import Diverged, Rates, mean_divergence, teacher_hidden, tune
 from marlin_gptq.tuning.memory import Plan, plan
@@ -62,11 +63,13 @@ def tune_checkpoint(
     overwrite: bool,
     seed: int = 0,
     progress: Progress | None = None,
+    place: Placement | None = None,
 ) -> QuantizeReport:
     """Tune `quantized_dir`, made from `model_dir` as `first` reports, into the new directory `output`.
 
-    samples are those of the calibration. Relative errors in the report stay those before the tuning, whose measure is
-    the output of the model and not of its linears. Raises QuantizationError where the model does not fit the device.
+    samples are those of the calibration; `place` is a placement of `output` that was begun before. Relative errors in
+    the report stay those before the tuning, whose measure is the output of the model and not of its linears. Raises
+    QuantizationError where the model does not fit the device.
     """
     started = time.perf_counter()
     costs = Costs(device)
@@ -156,7 +159,7 @@ def tune_checkpoint(
             "codes_changed": moved / sum(codes.numel() for codes in started_from.values()),
         },
     )
-    _write(model_dir, quantized_dir, student if helped else None, report, shard_size, overwrite)
+    _write(model_dir, quantized_dir, student if helped else None, report, shard_size, overwrite, place)
     return report
 
 
@@ -222,12 +225,16 @@ def _write(
     report: QuantizeReport,
     shard_size: int,
     overwrite: bool,
+    place: Placement | None,
 ) -> None:
     """The quantized directory once more, with what the student has changed, if there is one."""
     store = TensorStore(quantized_dir)
     dtype = store.dtype(next(name for name in store.names if name.endswith(".scales")))
     tuned = {} if student is None else dict(student.tensors(dtype))
-    with CheckpointWriter(report.output, shard_size=shard_size, overwrite=overwrite) as writer:
+    inputs = {"the model": model_dir}
+    with CheckpointWriter(
+        report.output, shard_size=shard_size, overwrite=overwrite, inputs=inputs, place=place
+    ) as writer:
         for name in store.names:
             tensor = tuned.pop(name) if name in tuned else store.get(name)
             if tensor.is_floating_point():
