@@ -13,6 +13,10 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 _LARGEST_JSON = 10**8  # bytes; an index of a million tensors has less
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_OLD_WEIGHTS = ["pytorch_model*.bin", "gptq_model*.bin"]
+_NOT_DOWNLOADED = ["consolidated*", "original/*"]  # the weights once more, in a form of their makers
+ADAPTER = "adapter_config.json"
+MERGE = "merge it into the model with peft (merge_and_unload, then save_pretrained) and give the merged directory"
 
 
 def resolve_model(model: str, revision: str | None = None, offline: bool = False, config_only: bool = False) -> Path:
@@ -24,6 +28,8 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
     path = Path(model)
     if model.strip() and path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / ADAPTER).is_file():
+                raise InputError(f"{model}: holds a LoRA adapter and no model; {MERGE}")
             raise InputError(f"{model}: holds no config.json; a Hugging Face model directory is needed")
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
@@ -33,13 +39,18 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def snapshot(patterns: list[str]) -> Path:
-        return Path(snapshot_download(model, revision=revision, local_files_only=offline, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                model, revision=revision, local_files_only=offline, allow_patterns=patterns,
+                ignore_patterns=_NOT_DOWNLOADED,
+            )
+        )  # fmt: skip
 
     try:
         found = snapshot(["config.json"] if config_only else _DOWNLOADED)
         if not config_only and not any(found.glob("*.safetensors")):
             # An old repository: legacy weights only where there are no others.
-            found = snapshot([*_DOWNLOADED, "pytorch_model*.bin"])
+            found = snapshot([*_DOWNLOADED, *_OLD_WEIGHTS])
     except HFValidationError as error:
         raise InputError(f"{model}: no such directory and no hub id; give one of them") from error
     except LocalEntryNotFoundError as error:
@@ -50,6 +61,15 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
             f"{model}: refused by the hub ({error.__class__.__name__}); check the name, the revision and your access"
         ) from error
     return found
+
+
+def require_no_adapter(directory: Path) -> None:
+    """InputError for a LoRA adapter beside a model: transformers applies it or not, as peft is installed or not."""
+    if (directory / ADAPTER).exists():
+        raise InputError(
+            f"{directory}: holds a LoRA adapter ({ADAPTER}) beside the model, which would be left out of it; {MERGE}, "
+            "or take adapter_* out of the directory"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import save_tiny_model
 from safetensors.torch import save_file
 
+from marlin_gptq import QuantizationConfig, quantize_model
 from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.model_directory import read_json, resolve_model
+from marlin_gptq.modeling.architecture import read_config
 
 
 def test_read_json_wants_an_object(tmp_path: Path) -> None:
@@ -51,3 +54,14 @@ def test_hub_models_fetch_legacy_weights_only_where_there_are_no_others(
     save_file({"t": torch.zeros(1)}, tmp_path / "model.safetensors")
     resolve_model("owner/name", revision="v2")
     assert len(asked) == 1
+
+
+def test_adapters_beside_a_model_and_without_one_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a LoRA adapter and no model; merge it into the model with peft"):
+        resolve_model(str(tmp_path))
+    save_tiny_model(tmp_path)
+    with pytest.raises(InputError, match=r"holds a LoRA adapter \(adapter_config\.json\) beside the model.*; merge it"):
+        read_config(tmp_path)
+    with pytest.raises(InputError, match="holds a LoRA adapter"):
+        quantize_model(tmp_path, tmp_path / "out", QuantizationConfig(method="rtn"), [], device=torch.device("cpu"))
