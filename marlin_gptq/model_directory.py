@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _OLD_WEIGHTS = ["pytorch_model*.bin", "gptq_model*.bin"]
 _NOT_DOWNLOADED = ["consolidated*", "original/*"]  # the weights once more, in a form of their makers
 ADAPTER = "adapter_config.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+# Folders that libraries read with a model: more chat templates, and what sentence-transformers puts behind it.
+_FOLDERS = re.compile(r"additional_chat_templates|\d+_[A-Z]\w*")
 MERGE = "merge it into the model with peft (merge_and_unload, then save_pretrained) and give the merged directory"
 
 
@@ -96,6 +101,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def companions(directory: Path) -> Iterator[str]:
+    """Relative names of the files that belong to a model beside its weights: tokenizer, processor, templates, code.
+
+    CheckpointError, as from `require_inside`, for one that leads outside.
+    """
+    for file in sorted(directory.iterdir()):
+        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+            require_inside(directory, file.name)
+            yield file.name
+        elif file.is_dir() and _FOLDERS.fullmatch(file.name):
+            if not file.resolve().is_relative_to(directory.resolve()):
+                raise CheckpointError(f"{file}: a link to {file.resolve()}, outside its directory; copy it into it")
+            for inner in sorted(file.iterdir()):
+                if inner.is_file():
+                    require_inside(file, inner.name)
+                    yield f"{file.name}/{inner.name}"
+
+
 def require_inside(directory: Path, name: str) -> Path:
     """`directory`/`name`, if that is a regular file of this directory; FileNotFoundError if there is none.
 
@@ -110,7 +133,8 @@ def require_inside(directory: Path, name: str) -> Path:
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
             real, home = path.resolve(strict=True), directory.resolve()
-            cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+            snapshot = next((above for above in (home, home.parent) if above.parent.name == "snapshots"), None)
+            cached = snapshot is not None and real.parent == snapshot.parent.parent / "blobs"
             if not cached and not real.is_relative_to(home):
                 raise CheckpointError(f"{path}: a link to {real}, outside its directory; copy the file into it")
             mode = real.stat().st_mode

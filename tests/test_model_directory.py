@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from marlin_gptq import QuantizationConfig, quantize_model
 from marlin_gptq.errors import CheckpointError, InputError
-from marlin_gptq.model_directory import read_json, resolve_model
+from marlin_gptq.model_directory import companions, read_json, resolve_model
 from marlin_gptq.modeling.architecture import read_config
 
 
@@ -65,3 +65,21 @@ def test_adapters_beside_a_model_and_without_one_are_refused(tmp_path: Path) -> 
         read_config(tmp_path)
     with pytest.raises(InputError, match="holds a LoRA adapter"):
         quantize_model(tmp_path, tmp_path / "out", QuantizationConfig(method="rtn"), [], device=torch.device("cpu"))
+
+
+def test_companions_are_all_that_belongs_to_a_model_beside_its_weights(tmp_path: Path) -> None:
+    model = tmp_path / "hub" / "snapshots" / "0123"
+    names = ["chat_template.jinja", "chat_template.json", "merges.txt", "modeling_own.py", "preprocessor_config.json"]
+    more = ["1_Pooling/config.json", "additional_chat_templates/tool_use.jinja", *names]
+    for name in [*more, "model.safetensors", "pytorch_model.bin", "original/params.json", "checkpoint-5/config.json"]:
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(name)
+    assert sorted(companions(model)) == sorted(more)
+    blobs = tmp_path / "hub" / "blobs"  # files of the hub's cache are links to these
+    blobs.mkdir()
+    (model / more[1]).rename(blobs / "abc")
+    (model / more[1]).symlink_to(blobs / "abc")
+    assert more[1] in companions(model)
+    (model / "2_Dense").symlink_to(tmp_path)
+    with pytest.raises(CheckpointError, match=r"2_Dense: a link to .*, outside its directory"):
+        list(companions(model))

@@ -243,7 +243,8 @@ def _warnings(source: Source, found: Survey, target: Layout) -> list[str]:
 def _write_companions(
     writer: CheckpointWriter, source: Source, settings: dict[str, Any], report: ConversionReport
 ) -> None:
-    config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "compression_config")}
+    stale = ("torch_dtype", "compression_config", "transformers_weights")
+    config = {key: value for key, value in source.config.items() if key not in stale}
     config |= {"dtype": report.dtype, "quantization_config": settings}
     # The log of a quantization stays true of the codes, whatever holds them.
     log = () if source.layout.format == "marlin" else (LOG_FILE,)
