@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import stat
@@ -83,7 +84,10 @@ def read_json(path: Path) -> dict[str, Any]:
         require_inside(path.parent, path.name)
         if path.stat().st_size > _LARGEST_JSON:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than a file of settings can have")
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        raw = path.read_bytes()
+        if raw.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # nor does transformers read it
+            raise CheckpointError(f"{path}: begins with a byte order mark; save it as plain UTF-8 (without BOM)")
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
     except (OSError, ValueError, RecursionError) as error:  # broken UTF-8 and JSON are ValueErrors

@@ -130,7 +130,8 @@ def test_bad_inputs(model_dir: Path, tmp_path: Path) -> None:
     assert "prompt: got none or two, expected one of" in refused(model_dir, "-p", "a", "--prompt-file", "b")
     assert f"{tmp_path}/none: no such file" in refused(model_dir, "--prompt-file", tmp_path / "none")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    assert "not readable as UTF-8 text" in refused(model_dir, "--prompt-file", tmp_path / "bytes")
+    assert "bytes is no UTF-8 text but UTF-16; convert it" in refused(model_dir, "--prompt-file", tmp_path / "bytes")
+    assert refused(model_dir, "-p", "caf\udce9") == "prompt is no UTF-8 text (byte 3); convert it first"
     assert "no such directory" in refused("./nowhere", "-p", "a")
     assert "--top-p" in refused(model_dir, "-p", "a", "--top-p", 2)
     small = tmp_path / "small"

@@ -21,6 +21,10 @@ def test_read_json_wants_an_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="got a JSON list, expected an object"):
         read_json(tmp_path / "config.json")
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "config.json").write_text("{}", encoding)
+        with pytest.raises(CheckpointError, match="begins with a byte order mark; save it as plain UTF-8"):
+            read_json(tmp_path / "config.json")
 
 
 def test_models_that_do_not_exist(tmp_path: Path) -> None:
