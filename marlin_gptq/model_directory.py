@@ -18,6 +18,8 @@ _LARGEST_JSON = 10**8  # bytes; an index of a million tensors has less
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _OLD_WEIGHTS = ["pytorch_model*.bin", "gptq_model*.bin"]
 _NOT_DOWNLOADED = ["consolidated*", "original/*"]  # the weights once more, in a form of their makers
+# Before config.json held them, the settings of GPTQ and AWQ had files of their own.
+OLD_SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 ADAPTER = "adapter_config.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 # Folders that libraries read with a model: more chat templates, and what sentence-transformers puts behind it.

@@ -19,7 +19,6 @@ from marlin_gptq.conversion.reading import groups_of
 from marlin_gptq.conversion.report import ConversionReport, conversion_card
 from marlin_gptq.conversion.settings import (
     FORMATS,
-    OLD_FILES,
     ORIGINAL,
     Layout,
     Written,
@@ -30,6 +29,7 @@ from marlin_gptq.conversion.source import Source
 from marlin_gptq.conversion.survey import Survey, run_linear, survey
 from marlin_gptq.disk import require_space
 from marlin_gptq.errors import InputError
+from marlin_gptq.model_directory import OLD_SETTINGS
 from marlin_gptq.output_directory import CARD, LOG_FILE
 
 HALF_SCALES = ("gptq", "awq", ORIGINAL)  # formats whose scales are float16
@@ -257,7 +257,7 @@ def _write_companions(
     config |= {"dtype": report.dtype, "quantization_config": settings}
     # The log of a quantization stays true of the codes, whatever holds them.
     log = () if source.layout.format == "marlin" else (LOG_FILE,)
-    writer.copy_companions(source.directory, leave=("config.json", CARD, *log, *OLD_FILES))
+    writer.copy_companions(source.directory, leave=("config.json", CARD, *log, *OLD_SETTINGS))
     writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
     if settings["quant_method"] == "gptq":  # GPTQ's own tools look here first
         writer.write_text("quantize_config.json", json.dumps(settings, indent=2) + "\n")

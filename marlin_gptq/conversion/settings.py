@@ -11,13 +11,11 @@ from typing import Any
 from marlin_gptq.config import Override, QuantizationConfig
 from marlin_gptq.conversion.parallel import fused_names
 from marlin_gptq.errors import CheckpointError
-from marlin_gptq.model_directory import read_json
+from marlin_gptq.model_directory import OLD_SETTINGS, read_json
 
 ORIGINAL = "original"  # a state dict of the original Marlin repository, no directory
 FORMATS = ("marlin", "gptq", "awq", "compressed-tensors")
 HEAD = "lm_head"  # the name engines know the output head by
-# Before config.json held them, the settings of GPTQ and AWQ had files of their own.
-OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def stored_settings(directory: Path, config: dict[str, Any]) -> dict[str, Any] |
                     f"{directory}/config.json: {key}: got a JSON {type(settings).__name__}, expected an object"
                 )
             return {"quant_method": "compressed-tensors"} | settings if key == "compression_config" else settings
-    for name, method in OLD_FILES.items():
+    for name, method in OLD_SETTINGS.items():
         if (directory / name).exists():
             return {"quant_method": method} | read_json(directory / name)
     return None

@@ -10,7 +10,7 @@ from torch import nn
 
 from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import InputError, QuantizationError
-from marlin_gptq.model_directory import read_json, require_no_adapter
+from marlin_gptq.model_directory import OLD_SETTINGS, holds_file, read_json, require_no_adapter
 from marlin_gptq.modeling.experts import routing_modules, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.quantization.weight import columns_per_group
@@ -52,6 +52,10 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
 def require_full_precision(model_dir: Path, config: Any) -> None:
     """InputError if the model is quantized already, by us or anybody else."""
     settings = quantization_settings(config)
+    if settings is None:
+        settings = next(
+            ({"quant_method": own} for name, own in OLD_SETTINGS.items() if holds_file(model_dir, name)), None
+        )
     if settings is not None:
         method = settings.get("quant_method", "an unnamed method")
         method = "marlin-gptq" if method == QUANT_METHOD else method
