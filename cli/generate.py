@@ -90,14 +90,14 @@ def _generate(
     directory = resolve_model(model, revision=revision, offline=offline)
 
     from marlin_gptq.calibration import load_tokenizer
-    from marlin_gptq.eval.generation import Generation, continue_text, prompt_ids, room
+    from marlin_gptq.eval.generation import Generation, continue_text, has_chat_template, prompt_ids, room
     from marlin_gptq.eval.harness_model import kernel_name
     from marlin_gptq.eval.whole_model import load_whole
 
     tokenizer = load_tokenizer(directory)
-    has_template = bool(getattr(tokenizer, "chat_template", None))
+    has_template = has_chat_template(tokenizer)
     if chat and not has_template:
-        raise InputError(f"{model}: its tokenizer has no chat template; leave --chat out")
+        raise InputError(f"{model}: its tokenizer has no chat template, or several and no default; leave --chat out")
     ids = prompt_ids(tokenizer, text, has_template if chat is None else chat)
     loaded = load_whole(directory, where, computing)
     require_tokens(ids, loaded.config.vocab_size)

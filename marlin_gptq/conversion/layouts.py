@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from marlin_gptq.config import GROUP_SIZES, QUANT_METHOD, QuantizationConfig
@@ -83,7 +82,7 @@ def _auto_round(settings: dict[str, Any]) -> Layout:
             )
     if "awq" in packing:
         return _awq({"version": "gemm"} | settings)
-    return replace(_gptq(settings), declared=False)
+    return _gptq({key: value for key, value in settings.items() if key != "format"})
 
 
 def _awq(settings: dict[str, Any]) -> Layout:
