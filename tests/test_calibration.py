@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from character_model import character_tokenizer
+from character_model import character_tokenizer, tokenizer_without_ends
 
 from marlin_gptq.calibration import (
     CalibrationWarning,
@@ -335,6 +335,14 @@ def test_special_tokens_come_when_asked_for(tmp_path: Path, tokenizer: Any) -> N
     assert sorted(len(sample) for sample in samples) == [2, 6, 10, 11]
     for sample in samples:
         assert sample.tolist() == tokenizer("a" * (len(sample) - 1)).input_ids
+
+
+def test_special_tokens_of_a_tokenizer_that_has_none(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
+    (sample,) = calibration_samples(
+        tokenizer_without_ends(), str(tmp_path / "a.jsonl"), n_samples=1, seq_len=64, seed=0, special_tokens=True
+    )
+    assert len(sample) == 3
 
 
 def test_samples_stop_at_the_number_asked_for_and_follow_the_seed(tmp_path: Path, tokenizer: Any) -> None:

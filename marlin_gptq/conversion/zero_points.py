@@ -36,7 +36,9 @@ def with_version(store: Tensors, names: tuple[str, ...], layout: Layout) -> tupl
     if above is None or min(abs(above), abs(above - 1)) >= NEAR:
         reason = "as of files from before there was one; the codes do not tell"
     else:
-        reason = f"because the mean code lies {above:.2f} above what is stored, where it should lie {2 - version}"
+        reason = (
+            f"because the mean code lies {round(above, 2) + 0:.2f} above what is stored, where {2 - version} is due"
+        )
     return replace(layout, version=version), (
         f"checkpoint_format: missing, so that nothing says whether zero points are stored less one (version 1, 'gptq') "
         f"or as they are (version 2, 'gptq_v2'); version {version} is assumed, {reason}. A wrong version moves every "
