@@ -14,6 +14,7 @@ from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
 from marlin_gptq.model_directory import resolve_model
+from marlin_gptq.text_files import utf8
 
 EXAMPLES = """\b
 Examples:
@@ -89,14 +90,14 @@ def _generate(
     directory = resolve_model(model, revision=revision, offline=offline)
 
     from marlin_gptq.calibration import load_tokenizer
-    from marlin_gptq.eval.generation import Generation, continue_text, prompt_ids, room
+    from marlin_gptq.eval.generation import Generation, continue_text, has_chat_template, prompt_ids, room
     from marlin_gptq.eval.harness_model import kernel_name
     from marlin_gptq.eval.whole_model import load_whole
 
     tokenizer = load_tokenizer(directory)
-    has_template = bool(getattr(tokenizer, "chat_template", None))
+    has_template = has_chat_template(tokenizer)
     if chat and not has_template:
-        raise InputError(f"{model}: its tokenizer has no chat template; leave --chat out")
+        raise InputError(f"{model}: its tokenizer has no chat template, or several and no default; leave --chat out")
     ids = prompt_ids(tokenizer, text, has_template if chat is None else chat)
     loaded = load_whole(directory, where, computing)
     require_tokens(ids, loaded.config.vocab_size)
@@ -134,12 +135,14 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise InputError("prompt: got none or two, expected one of --prompt TEXT, --prompt - and --prompt-file FILE")
     try:
         if prompt_file is not None:
-            return prompt_file.read_text("utf-8")
-        return sys.stdin.read() if prompt == "-" else str(prompt)
+            content = prompt_file.read_bytes()
+        else:  # an argument of bytes that are no UTF-8 comes as lone surrogates
+            content = sys.stdin.buffer.read() if prompt == "-" else str(prompt).encode("utf-8", "surrogatepass")
     except FileNotFoundError as error:
         raise InputError(f"{prompt_file}: no such file; --prompt-file wants a text file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{prompt_file or 'stdin'}: not readable as UTF-8 text ({error})") from error
+    except OSError as error:
+        raise InputError(f"{prompt_file or 'stdin'}: not readable ({error})") from error
+    return utf8(content, str(prompt_file or ("stdin" if prompt == "-" else "prompt")))
 
 
 def require_tokens(ids: list[int], vocabulary: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from marlin_gptq.errors import InputError
 from marlin_gptq.modeling.decoding import Decoder, why_not
@@ -45,13 +46,23 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     """Token ids of a prompt; with `chat` as the user's turn in the tokenizer's own template. InputError if empty."""
     if chat:
         turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except (TemplateError, ValueError) as error:  # templates refuse turns that they do not know
+            said = " ".join(str(error).split())
+            raise InputError(f"chat template: fails for a single turn of the user ({said}); use --no-chat") from error
         ids = tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
     else:
         ids = tokenizer(prompt).input_ids
     if not ids:
         raise InputError("prompt: got an empty one, at least one token is needed")
     return list(ids)
+
+
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template to use unasked: of several the one called `default`."""
+    template = getattr(tokenizer, "chat_template", None)
+    return "default" in template if isinstance(template, dict) else bool(template)
 
 
 def room(model: Any, tokens: int, max_new_tokens: int) -> int:

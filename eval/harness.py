@@ -107,11 +107,12 @@ def _load(manager: Any, name: str) -> Any:
     except ImportError as error:
         raise InputError(f"task {name}: needs a Python package that is not installed ({error})") from error
     except failures as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reasons = [str(one).strip().split("\n")[0] for one in (error, error.__cause__) if one is not None]
+        reason = "; ".join(filter(None, reasons)) or type(error).__name__
         raise InputError(
             f"task {name}: its dataset could not be read ({reason}); it comes from the Hugging Face hub: run the task "
-            "once where there is a network, so that its cache has it; for MMLU, marlin-eval mmlu --data-dir reads the "
-            "original CSV files"
+            "once where there is a network, so that its cache has it; for MMLU, marlin-eval mmlu "
+            "--data-dir reads the original CSV files"
         ) from error
 
 

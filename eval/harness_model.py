@@ -16,6 +16,7 @@ from marlin_gptq.errors import InputError, MarlinGPTQError
 from marlin_gptq.eval.original_checkpoint import load_original
 from marlin_gptq.kernel import why_not
 from marlin_gptq.modeling.linear import MarlinLinear
+from marlin_gptq.text_files import whole_characters
 
 CPU_BATCH = 8
 
@@ -81,7 +82,8 @@ def marlin_model_class() -> type:
         def require_fitting_tokenizer(self) -> None:
             """InputError for a tokenizer with tokens that the model has no embedding for."""
             rows = self.model.get_input_embeddings().weight.shape[0]
-            largest = max(self.tokenizer.get_vocab().values())
+            pad = self.tokenizer.pad_token  # lm-eval adds one to a tokenizer that has nothing to pad with
+            largest = max(index for token, index in self.tokenizer.get_vocab().items() if token != pad)
             if largest >= rows:
                 raise InputError(
                     f"tokenizer: its largest token is {largest}, the model's vocabulary has {rows}; "
@@ -99,12 +101,35 @@ def marlin_model_class() -> type:
             other = self.model.config.eos_token_id
             return own if own is not None else other[0] if isinstance(other, list) else other
 
+        @property
+        def prefix_token_id(self) -> Any:
+            """What stands before a text that is scored from its first token; None without bos and eos."""
+            own = super().prefix_token_id
+            return own if own is not None else self.eot_token_id
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+            if add_special_tokens is None and self.prefix_token_id is None:  # which lm-eval would decode
+                add_special_tokens = self.add_bos_token is not False
+            return super().tok_encode(whole_characters(string), add_special_tokens, **kwargs)
+
+        def tok_decode(self, tokens: Any, *args: Any, **kwargs: Any) -> Any:
+            return None if tokens is None else super().tok_decode(tokens, *args, **kwargs)
+
+        def _require_prefix(self) -> None:
+            if self.prefix_token_id is None:
+                raise InputError(
+                    "tokenizer: has neither a bos nor an eos token to put before a text that is scored from its first "
+                    "token, and config.json names none; this task does not fit this model"
+                )
+
         def _start(self, requests: list[Any]) -> None:
             if self.progress is not None:
                 self.progress.start(len(requests))
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             self._start(requests)
+            if any(request.args[0] == "" for request in requests):
+                self._require_prefix()
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.progress is not None)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
@@ -113,6 +138,7 @@ def marlin_model_class() -> type:
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             self._start(requests)
+            self._require_prefix()
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or self.progress is not None)
 
         def _loglikelihood_tokens(
@@ -142,7 +168,9 @@ def marlin_model_class() -> type:
             self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None,
             truncation: bool = False,
         ) -> Any:  # fmt: skip
-            ids, mask = super().tok_batch_encode(strings, padding_side=padding_side, truncation=truncation)
+            texts = [whole_characters(string) for string in strings]
+            ids, mask = super().tok_batch_encode(texts, padding_side=padding_side, truncation=truncation)
+            ids = ids.masked_fill(mask == 0, 0)  # the model may have no embedding for the token padded with
             if left_truncate_len and ids.shape[1] > left_truncate_len:
                 for length in mask.sum(1).tolist():
                     if length > left_truncate_len:

@@ -72,7 +72,7 @@ def read_rows(file: Path, subject: str) -> list[dict[str, Any]]:
     """The rows `question,A,B,C,D,answer` of a file without header; InputError naming file and row."""
     rows = []
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
             for number, row in enumerate(csv.reader(lines, strict=True), 1):
                 if not row:
                     continue

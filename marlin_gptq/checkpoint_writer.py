@@ -20,10 +20,8 @@ from torch import Tensor
 from marlin_gptq.destination import Inputs
 from marlin_gptq.disk import to_disk
 from marlin_gptq.errors import CheckpointError
-from marlin_gptq.model_directory import SAFETENSORS_INDEX, require_inside
+from marlin_gptq.model_directory import SAFETENSORS_INDEX, companions
 from marlin_gptq.placement import Placement
-
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
 class CheckpointWriter:
@@ -92,15 +90,16 @@ class CheckpointWriter:
 
     def write_text(self, name: str, text: str) -> None:
         with self._full_disk_named(len(text)):
-            (self.directory / name).write_text(text, encoding="utf-8")
+            # A name of a file that is no UTF-8 must not end a run of hours at its last line.
+            (self.directory / name).write_text(text, encoding="utf-8", errors="replace")
 
     def copy_companions(self, source: Path, leave: tuple[str, ...]) -> None:
-        """Copy the small files of a model directory (tokenizer, generation_config, …), not weights, not `leave`."""
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.name not in leave and not file.name.endswith(_WEIGHT_SUFFIXES):
-                require_inside(source, file.name)
-                with self._full_disk_named(file.stat().st_size):
-                    shutil.copyfile(file, self.directory / file.name)
+        """Copy the small files of a model directory (`companions`: tokenizer, generation_config, …), not `leave`."""
+        for name in companions(source):
+            if name not in leave:
+                with self._full_disk_named((source / name).stat().st_size):
+                    (self.directory / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(source / name, self.directory / name)
 
     def drain(self) -> None:
         """Everything added so far is in its shard, and on the disk."""

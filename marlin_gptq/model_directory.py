@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,15 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 _LARGEST_JSON = 10**8  # bytes; an index of a million tensors has less
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_OLD_WEIGHTS = ["pytorch_model*.bin", "gptq_model*.bin"]
+_NOT_DOWNLOADED = ["consolidated*", "original/*"]  # the weights once more, in a form of their makers
+# Before config.json held them, the settings of GPTQ and AWQ had files of their own.
+OLD_SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+ADAPTER = "adapter_config.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+# Folders that libraries read with a model: more chat templates, and what sentence-transformers puts behind it.
+_FOLDERS = re.compile(r"additional_chat_templates|\d+_[A-Z]\w*")
+MERGE = "merge it into the model with peft (merge_and_unload, then save_pretrained) and give the merged directory"
 
 
 def resolve_model(model: str, revision: str | None = None, offline: bool = False, config_only: bool = False) -> Path:
@@ -24,6 +36,8 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
     path = Path(model)
     if model.strip() and path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / ADAPTER).is_file():
+                raise InputError(f"{model}: holds a LoRA adapter and no model; {MERGE}")
             raise InputError(f"{model}: holds no config.json; a Hugging Face model directory is needed")
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
@@ -33,13 +47,18 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def snapshot(patterns: list[str]) -> Path:
-        return Path(snapshot_download(model, revision=revision, local_files_only=offline, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                model, revision=revision, local_files_only=offline, allow_patterns=patterns,
+                ignore_patterns=_NOT_DOWNLOADED,
+            )
+        )  # fmt: skip
 
     try:
         found = snapshot(["config.json"] if config_only else _DOWNLOADED)
         if not config_only and not any(found.glob("*.safetensors")):
             # An old repository: legacy weights only where there are no others.
-            found = snapshot([*_DOWNLOADED, "pytorch_model*.bin"])
+            found = snapshot([*_DOWNLOADED, *_OLD_WEIGHTS])
     except HFValidationError as error:
         raise InputError(f"{model}: no such directory and no hub id; give one of them") from error
     except LocalEntryNotFoundError as error:
@@ -52,13 +71,25 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
     return found
 
 
+def require_no_adapter(directory: Path) -> None:
+    """InputError for a LoRA adapter beside a model: transformers applies it or not, as peft is installed or not."""
+    if (directory / ADAPTER).exists():
+        raise InputError(
+            f"{directory}: holds a LoRA adapter ({ADAPTER}) beside the model, which would be left out of it; {MERGE}, "
+            "or take adapter_* out of the directory"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CheckpointError if it is missing, broken or something else, a key given twice too."""
     try:
         require_inside(path.parent, path.name)
         if path.stat().st_size > _LARGEST_JSON:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, more than a file of settings can have")
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        raw = path.read_bytes()
+        if raw.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # nor does transformers read it
+            raise CheckpointError(f"{path}: begins with a byte order mark; save it as plain UTF-8 (without BOM)")
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
     except (OSError, ValueError, RecursionError) as error:  # broken UTF-8 and JSON are ValueErrors
@@ -76,6 +107,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def companions(directory: Path) -> Iterator[str]:
+    """Relative names of the files that belong to a model beside its weights: tokenizer, processor, templates, code.
+
+    CheckpointError, as from `require_inside`, for one that leads outside.
+    """
+    for file in sorted(directory.iterdir()):
+        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+            require_inside(directory, file.name)
+            yield file.name
+        elif file.is_dir() and _FOLDERS.fullmatch(file.name):
+            if not file.resolve().is_relative_to(directory.resolve()):
+                raise CheckpointError(f"{file}: a link to {file.resolve()}, outside its directory; copy it into it")
+            for inner in sorted(file.iterdir()):
+                if inner.is_file():
+                    require_inside(file, inner.name)
+                    yield f"{file.name}/{inner.name}"
+
+
 def require_inside(directory: Path, name: str) -> Path:
     """`directory`/`name`, if that is a regular file of this directory; FileNotFoundError if there is none.
 
@@ -90,7 +139,8 @@ def require_inside(directory: Path, name: str) -> Path:
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode):
             real, home = path.resolve(strict=True), directory.resolve()
-            cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+            snapshot = next((above for above in (home, home.parent) if above.parent.name == "snapshots"), None)
+            cached = snapshot is not None and real.parent == snapshot.parent.parent / "blobs"
             if not cached and not real.is_relative_to(home):
                 raise CheckpointError(f"{path}: a link to {real}, outside its directory; copy the file into it")
             mode = real.stat().st_mode

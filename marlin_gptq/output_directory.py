@@ -19,7 +19,8 @@ BEGIN, END = "<!-- marlin-eval report: begin -->", "<!-- marlin-eval report: end
 def write_companions(writer: CheckpointWriter, model_dir: Path, report: QuantizeReport) -> None:
     """Everything beside the weights, so that the directory is a complete Hugging Face model."""
     config = read_json(model_dir / "config.json")
-    config.pop("torch_dtype", None)
+    for stale in ("torch_dtype", "transformers_weights"):  # the second names the weight file of the source
+        config.pop(stale, None)
     config |= {"dtype": report.dtype, "quantization_config": report.config.to_dict()}
     writer.copy_companions(model_dir, leave=("config.json", CARD, LOG_FILE))
     writer.write_text("config.json", json.dumps(config, indent=2) + "\n")

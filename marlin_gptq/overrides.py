@@ -18,6 +18,7 @@ import yaml
 
 from marlin_gptq.config import Override, QuantizationConfig
 from marlin_gptq.errors import InputError
+from marlin_gptq.text_files import utf8
 
 SETTINGS = ("bits", "group_size", "skip")
 
@@ -25,10 +26,10 @@ SETTINGS = ("bits", "group_size", "skip")
 def read_overrides(path: Path) -> tuple[Override, ...]:
     """The overrides of a YAML file, in its order. InputError names what is wrong with it, and where."""
     try:
-        content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
+        content = yaml.load(utf8(path.read_bytes(), str(path)), Loader=_Loader)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; --config takes a YAML file of per-module settings") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error

@@ -44,6 +44,7 @@ from marlin_gptq.quantization.loops import PLAIN, inner_loops
 from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.report import ProgressEvent, QuantizeReport
 from marlin_gptq.requirements import (
+    carried_tensors,
     has_experts,
     linears_of,
     output_bytes,
@@ -126,6 +127,11 @@ def quantize_model(
     require_combination(
         config, kept=work is not None, processes=team.size, limited=limited, experts=has_experts(stream)
     )
+    carried = carried_tensors(stream, linears)
+    if carried and team.leads:
+        logger.warning(
+            "%d tensors that the architecture has no place for are kept as they are (%s)", len(carried), carried[0]
+        )
     size = output_bytes(stream, linears, config, target)
     require_space(output, size)
     passing = samples if config.method == "gptq" else []
@@ -165,6 +171,8 @@ def quantize_model(
         if writer is not None:
             with costs.measure("write"):
                 run.copy_outer(writer)
+                for name in carried:
+                    writer.add(name, stream.store.get(name))
         for index, names in enumerate(linears):
             tensors = run.block(index, list(names), hidden)
             if writer is not None:
@@ -175,13 +183,6 @@ def quantize_model(
         if writer is not None:
             with costs.measure("write"):
                 writer.drain()
-        unknown = stream.weights.unknown_tensors()
-        if unknown and team.leads:
-            logger.warning(
-                "%d tensors that the architecture has no place for were left out (%s)",
-                len(unknown),
-                unknown[0],
-            )
         seconds = costs.rest("other", started)
         report = QuantizeReport(
             output=output,
@@ -191,10 +192,10 @@ def quantize_model(
             device=str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
             dtype=str(target).removeprefix("torch."),
             seconds=seconds,
-            bytes_before=sum(stream.store.size(name) for name in stream.store.names if name not in set(unknown)),
+            bytes_before=sum(map(stream.store.size, stream.store.names)),
             bytes_after=size,
             peak_gpu_bytes=costs.peak_gpu_bytes(),
-            unknown_tensors=unknown,
+            unknown_tensors=carried,
             costs={name: Cost(seconds=s, peak_gpu_bytes=None) for name, s in (before or {}).items()} | costs.by_name,
             records=run.records,
             tuned_blocks=run.tuned,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -232,6 +233,28 @@ def linears_of(stream: BlockStream, config: QuantizationConfig) -> list[dict[str
     return linears
 
 
+def carried_tensors(stream: BlockStream, linears: list[dict[str, nn.Linear]]) -> list[str]:
+    """Names of tensors in the files that the architecture has no place for, and the result holds as they are.
+
+    These are, say, layers that predict several tokens, or a classifier's head. InputError for one that belongs to a
+    linear to be quantized, which would be computed without it; zero biases of old tools are left out.
+    """
+    file_name = stream.weights.file_name
+    quantized = {file_name(f"{name}.weight").removesuffix(".weight") for block in linears for name in block}
+    carried = []
+    for name in stream.weights.unknown_tensors():
+        parts = name.split(".")
+        owner = next((one for end in range(1, len(parts)) if (one := ".".join(parts[:end])) in quantized), None)
+        if owner is None:
+            carried.append(name)
+        elif name != f"{owner}.bias" or bool(stream.store.get(name).any()):
+            raise InputError(
+                f"{name}: the architecture has no place for it, and {owner} would be quantized without it; merge it "
+                f"into the weight, or --skip '{re.escape(owner)}'"
+            )
+    return carried
+
+
 def has_experts(stream: BlockStream) -> bool:
     """Whether some block sends each token to a few of several experts."""
     return any(expert_lists(stream.block_module(index)) for index in range(stream.n_blocks))
@@ -250,4 +273,4 @@ def output_bytes(
     for name, elements in stream.weights.elements():
         if name.removesuffix(".weight") not in replaced:
             size += elements * target.itemsize
-    return size
+    return size + sum(stream.store.size(name) for name in carried_tensors(stream, linears))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import gzip
 import json
@@ -15,6 +16,7 @@ from marlin_gptq.errors import InputError
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
 SUFFIXES = (".txt", ".parquet", *JSON_SUFFIXES)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def file_documents(path: Path) -> Iterator[str]:
@@ -36,10 +38,7 @@ def file_documents(path: Path) -> Iterator[str]:
 
 def text_documents(path: Path) -> Iterator[str]:
     """A .txt file: one document, or none if there is nothing but white space in it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"dataset: {path} is no UTF-8 text (byte {error.start}); convert it first") from error
+    text = utf8(path.read_bytes(), f"dataset: {path}")
     if text.strip():
         yield text
 
@@ -47,18 +46,37 @@ def text_documents(path: Path) -> Iterator[str]:
 def json_documents(path: Path) -> Iterator[str]:
     """JSON lines, also gzipped: the field "text" of every line; blank lines are skipped."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, raw in enumerate(lines, 1):
+                where = f"{path}, line {number}"
+                line = utf8(raw, f"dataset: {where}")
                 if line.strip():
-                    yield text_of(json.loads(line), f"{path}, line {number}")
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"dataset: {path}, line {number}: not JSON ({error.msg}); one object a line is needed"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"dataset: {path} is no UTF-8 text; convert it first") from error
+                    yield text_of(_json(line, where), where)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"dataset: {path} is no whole gzip file ({error}); fetch it again") from error
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and endless brackets
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise InputError(f"dataset: {where}: not JSON ({reason}); one object a line is needed") from error
+
+
+def utf8(content: bytes, where: str) -> str:
+    """Text of bytes, its lines ended by \\n, without the byte order mark of some editors; InputError for no UTF-8."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{where} is no UTF-8 text but UTF-16; convert it first (iconv -f UTF-16 -t UTF-8)")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is no UTF-8 text (byte {error.start}); convert it first") from error
+
+
+def whole_characters(text: str) -> str:
+    """`text` with U+FFFD for every lone surrogate: half of a character, which JSON can write and no tokenizer takes."""
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def parquet_documents(path: Path) -> Iterator[str]:
@@ -74,7 +92,7 @@ def parquet_documents(path: Path) -> Iterator[str]:
             for batch in file.iter_batches(batch_size=256, columns=["text"]):
                 for text in batch.column(0).to_pylist():
                     yield text_of({"text": text}, str(path))
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"dataset: {path} is no whole parquet file ({error}); fetch it again") from error
 
 
@@ -103,7 +121,7 @@ def text_of(row: Any, where: str) -> str:
     text = row["text"]
     if not isinstance(text, str | None):
         raise InputError(f'dataset: {where}: "text" holds a {type(text).__name__}, expected a string')
-    return text or ""
+    return whole_characters(text or "")
 
 
 def near(name: str, known: tuple[str, ...] | list[str]) -> str:

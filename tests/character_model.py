@@ -24,6 +24,18 @@ def character_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
+def tokenizer_without_ends() -> Any:
+    """One token a character and not a single special one, of 95."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = "\N{REPLACEMENT CHARACTER}"
+    vocabulary = {character: index for index, character in enumerate([*PRINTABLE, unknown])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
 def save_character_model(directory: Path, dtype: torch.dtype = torch.float16, **changes: Any) -> Path:
     """A complete Hugging Face directory: hidden 128, two blocks, context 256."""
     save_tiny_model(directory, dtype=dtype, **changes)

@@ -103,12 +103,12 @@ def settings_of(kind: str, group_size: int, version: int, symmetric: bool, act_o
 def random_linear(n: int, k: int, group_size: int, symmetric: bool, act_order: bool, seed: int) -> Plain:
     """Codes of all values, scales of both signs, zero points 1 to 15."""
     generator = torch.Generator().manual_seed(seed)
-    groups = 1 if group_size == -1 else k // group_size
+    groups = 1 if group_size == -1 else -(-k // group_size)  # the last may not be full
     codes = torch.randint(0, 16, (n, k), generator=generator)
     zeros = torch.randint(1, 16, (n, groups), generator=generator)
     sign = torch.randint(0, 2, (n, groups), generator=generator) * 2 - 1
     scales = ((torch.rand(n, groups, generator=generator) + 0.5) * sign / 200).half()
-    g_idx = torch.arange(k) // (k // groups)
+    g_idx = torch.arange(k) // (k if group_size == -1 else group_size)
     if act_order:
         g_idx = g_idx[torch.randperm(k, generator=generator)]
     return Plain(codes, torch.full_like(zeros, 8) if symmetric else zeros, scales, g_idx)

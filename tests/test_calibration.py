@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from character_model import character_tokenizer
+from character_model import character_tokenizer, tokenizer_without_ends
 
 from marlin_gptq.calibration import (
     CalibrationWarning,
@@ -94,6 +94,15 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert read(str(path)) == ["one\n\ntwo\n"]
 
 
+def test_byte_order_marks_line_ends_and_halves_of_characters(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "half \\ud83d of \\ud83d\\ude00"}')
+    texts = read(str(tmp_path / "a.jsonl"))
+    assert texts == ["one", "half \N{REPLACEMENT CHARACTER} of \N{GRINNING FACE}"]
+    assert len(calibration_samples(tokenizer, str(tmp_path / "a.jsonl"), n_samples=2, seq_len=64, seed=0)) == 2
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r")
+    assert read(str(tmp_path / "a.txt")) == ["one\n\ntwo\n"]
+
+
 def write_bad_files(folder: Path) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -107,6 +116,11 @@ def write_bad_files(folder: Path) -> None:
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 1000)[:-20])
     (folder / "plain.jsonl.gz").write_text('{"text": "a"}\n')
     (folder / "latin.txt").write_bytes("läßt".encode("latin-1"))
+    (folder / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "läßt"}\n'.encode("latin-1"))
+    (folder / "wide.jsonl").write_text('{"text": "a"}\n', "utf-16")
+    (folder / "wide.txt").write_text("a", "utf-16")
+    (folder / "cut.jsonl").write_text('{"text": "a"}\n\n{"text": "b')
+    (folder / "deep.jsonl").write_text("[" * 100_000)
     (folder / "notes.md").write_text("words")
 
 
@@ -122,6 +136,11 @@ def write_bad_files(folder: Path) -> None:
         ("cut.jsonl.gz", r"cut.jsonl.gz is no whole gzip file"),
         ("plain.jsonl.gz", r"plain.jsonl.gz is no whole gzip file"),
         ("latin.txt", r"latin.txt is no UTF-8 text \(byte 1\)"),
+        ("latin.jsonl", r"latin.jsonl, line 2 is no UTF-8 text \(byte 11\)"),
+        ("wide.jsonl", r"wide.jsonl, line 1 is no UTF-8 text but UTF-16; convert it first \(iconv -f UTF-16"),
+        ("wide.txt", r"wide.txt is no UTF-8 text but UTF-16"),
+        ("cut.jsonl", r"cut.jsonl, line 3: not JSON \(Unterminated string"),
+        ("deep.jsonl", r"deep.jsonl, line 1: not JSON \(maximum recursion"),
         ("notes.md", r"notes.md has the suffix '.md', expected one of .txt, .parquet, .jsonl"),
         ("", r"is a directory; give one of its files"),
         ("othr.jsonl", r"no such file: .*othr.jsonl, did you mean .*other.jsonl"),
@@ -316,6 +335,14 @@ def test_special_tokens_come_when_asked_for(tmp_path: Path, tokenizer: Any) -> N
     assert sorted(len(sample) for sample in samples) == [2, 6, 10, 11]
     for sample in samples:
         assert sample.tolist() == tokenizer("a" * (len(sample) - 1)).input_ids
+
+
+def test_special_tokens_of_a_tokenizer_that_has_none(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
+    (sample,) = calibration_samples(
+        tokenizer_without_ends(), str(tmp_path / "a.jsonl"), n_samples=1, seq_len=64, seed=0, special_tokens=True
+    )
+    assert len(sample) == 3
 
 
 def test_samples_stop_at_the_number_asked_for_and_follow_the_seed(tmp_path: Path, tokenizer: Any) -> None:

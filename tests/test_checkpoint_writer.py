@@ -146,3 +146,17 @@ def test_tensors_of_a_gpu_are_written_as_they_are(tmp_path: Path) -> None:
     write(tmp_path / "gpu", {name: tensor.cuda() for name, tensor in tensors.items()})
     one, other = (tmp_path / name / "model.safetensors" for name in ("cpu", "gpu"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_folders_of_companions_are_copied_with_the_rights_of_any_new_folder(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("T")
+    (source / "config.json").write_text("{}")
+    with CheckpointWriter(tmp_path / "out", shard_size=8, overwrite=False) as writer:
+        writer.add("a", torch.zeros(1))
+        writer.copy_companions(source, leave=("config.json",))
+        writer.finish()
+    copied = tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja"
+    assert copied.read_text() == "T" and not (tmp_path / "out" / "config.json").exists()
+    assert copied.parent.stat().st_mode == (tmp_path / "out").stat().st_mode

@@ -235,3 +235,65 @@ def test_zero_points_of_old_compressed_tensors(tmp_path: Path) -> None:
     change_tensors(tmp_path / "plain", {"model.layers.0.self_attn.q_proj.weight_zero_point": nine})
     with pytest.raises(CheckpointError, match=r"weight_zero_point: got 9 to 9, expected -8 to 7"):
         convert(tmp_path / "plain", "marlin")
+
+
+def test_group_indices_of_minus_one_are_no_order(tmp_path: Path) -> None:
+    linears = save_foreign(tmp_path / "plain", "compressed-tensors")
+    save_foreign(tmp_path / "marked", "compressed-tensors")
+    marks = {f"{name}.weight_g_idx": torch.full((one.codes.shape[1],), -1) for name, one in linears.items()}
+    change_tensors(tmp_path / "marked", marks)  # the package wrote such until September 2024
+    same(convert(tmp_path / "plain", "marlin"), convert(tmp_path / "marked", "marlin"))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])
+def test_last_groups_that_are_not_full_become_smaller_whole_ones(tmp_path: Path, kind: str, symmetric: bool) -> None:
+    linears = save_foreign(tmp_path / "source", kind, group_size=128, intermediate_size=288, symmetric=symmetric)
+    assert linears["model.layers.0.mlp.down_proj"].scales.shape[1] == 3  # 128, 128 and 32 features
+    marlin = convert(tmp_path / "source", "marlin")
+    source = Source.of_directory(marlin)
+    for name, linear in linears.items():
+        assert torch.equal(source.linear(name).dequantize(), linear.dense())
+    dense = logits(dense_model(tmp_path / "source", linears))
+    assert torch.allclose(logits(marlin_gptq.load(tmp_path / "source").float()), dense, atol=0.02)
+    with pytest.raises(InputError, match="down_proj: awq cannot hold groups of 32 beside groups of 128"):
+        convert(marlin, "awq")
+
+
+@pytest.mark.parametrize(
+    ("kind", "packing"),
+    [("gptq", "auto_round:auto_gptq"), ("gptq", None), ("awq", "auto_round:auto_awq")],
+)
+def test_the_label_of_auto_round(tmp_path: Path, kind: str, packing: str | None) -> None:
+    save_foreign(tmp_path / "plain", kind)
+    save_foreign(tmp_path / "labelled", kind)
+    label = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int", "iters": 200}
+    label |= {"packing_format": packing, "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}}}
+    change_config(tmp_path / "labelled", quantization_config=label)
+    marlin = convert(tmp_path / "labelled", "marlin")
+    same(convert(tmp_path / "plain", "marlin"), marlin)
+    assert '"iters": 200' in (marlin / "README.md").read_text()  # what the result has no place for
+
+
+def test_another_gptq_version_keeps_the_other_settings(tmp_path: Path) -> None:
+    save_foreign(tmp_path / "source", "gptq")
+    settings = json.loads((tmp_path / "source" / "config.json").read_text())["quantization_config"]
+    more = {"model_name_or_path": "somebody/model", "static_groups": True, "desc_act": False}
+    change_config(tmp_path / "source", quantization_config=settings | more)
+    config = json.loads((convert(tmp_path / "source", "gptq", gptq_version=2) / "config.json").read_text())
+    written = config["quantization_config"]
+    assert written["model_name_or_path"] == "somebody/model" and written["static_groups"] is True
+    assert written["checkpoint_format"] == "gptq_v2"
+
+
+def test_old_pickles_of_autogptq(tmp_path: Path) -> None:
+    save_foreign(tmp_path / "source", "gptq")
+    weights = tmp_path / "source" / "model.safetensors"
+    want = convert(tmp_path / "source", "marlin").rename(tmp_path / "want")
+    old = tmp_path / "source" / "gptq_model-4bit-128g.bin"
+    torch.save(load_file(weights), old, _use_new_zipfile_serialization=False)
+    weights.unlink()
+    settings = json.loads((tmp_path / "source" / "config.json").read_text())["quantization_config"]
+    (tmp_path / "source" / "quantize_config.json").write_text(json.dumps(settings))
+    change_config(tmp_path / "source", quantization_config=None)
+    same(want, convert(tmp_path / "source", "marlin"))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import marlin_gptq
 from marlin_gptq import CheckpointError, InputError, QuantizationConfig, quantize_model
-from marlin_gptq.checkpoint import TensorStore
+from marlin_gptq.checkpoint import CheckpointWarning, TensorStore
 from marlin_gptq.conversion.source import Source
 
 
@@ -57,10 +57,21 @@ def test_what_a_format_cannot_hold_is_named_before_anything_is_written(tmp_path:
         ("gptq", {"is_marlin_format": True}, "is_marlin_format: got true"),
         ("gptq", {"pack_dtype": "int64"}, "pack_dtype: got 'int64', expected 'int32'"),
         ("gptq", {"dynamic": {"+:up": {"bits": 8}}}, "dynamic: '\\+:up' changes settings for single layers"),
+        ("gptq", {"adapter": {"rank": 8}}, "adapter: got {'rank': 8}, expected"),
+        ("gptq", {"rotation": "hadamard"}, "rotation: got 'hadamard', expected"),
+        ("gptq", {"quant_method": "auto-round", "act_bits": 8}, "act_bits: got 8, activations are quantized too"),
+        ("gptq", {"quant_method": "auto-round", "data_type": "mx_fp"}, "data_type: got 'mx_fp', expected 'int'"),
+        (
+            "gptq",
+            {"quant_method": "auto-round", "extra_config": {"lm_head": {"bits": 8}}},
+            "extra_config: 'lm_head' has bits 8; one bit width and group size is needed",
+        ),
         ("gptq", {"sym": "no"}, "sym: got 'no', expected true or false"),
         ("gptq", {"quant_method": "hqq"}, "quant_method: got 'hqq', which is none of those that can be read"),
         ("awq", {"version": "gemv"}, "version: got 'gemv', expected 'gemm'"),
         ("compressed-tensors", {"format": "float-quantized"}, "format: got 'float-quantized', expected 'pack-quant"),
+        ("compressed-tensors", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config: got {'format'"),
+        ("compressed-tensors", {"transform_config": {"config_groups": {"R1": {}}}}, "transform_config: got .*rotated"),
         ("compressed-tensors", {"config_groups": {}}, "config_groups: got {}, expected"),
         ("compressed-tensors", {"config_groups": {"a": 3}}, "config_groups.a.weights: got None"),
         (
@@ -93,6 +104,9 @@ Q = "model.layers.0.self_attn.q_proj"
         ({f"{Q}.g_idx": torch.full((128,), 9, dtype=torch.int32)}, "g_idx: got groups 9 to 9, expected 0 to 3"),
         ({f"{Q}.qzeros": torch.zeros(4, 16, dtype=torch.int32)}, "say symmetric, but a zero point is 1, not 8"),
         ({f"{Q}.weight": torch.zeros(128, 128).half()}, "q_proj: quantized and in 16 bits at once"),
+        ({f"{Q}.input_scale": torch.ones(1)}, r"q_proj\.input_scale: not understood: a quantized linear of gptq"),
+        ({f"{Q}.lora_A.weight": torch.ones(4, 128)}, r"q_proj\.lora_A\.weight: not understood"),
+        ({"model.layers.0.mlp.act_fn.scales": torch.ones(256)}, r"act_fn\.scales: not understood"),
         ({f"{Q}.qweight": None}, r"q_proj\.weight: missing"),
         ({"model.layers.7.mlp.up_proj.qweight": torch.zeros(1)}, "LlamaConfig has no linear of this name"),
         ({"model.norm.weight": None}, r"model\.norm\.weight: missing"),
@@ -161,3 +175,26 @@ def test_groups_of_several_sizes_load_and_are_refused_elsewhere(tmp_path: Path) 
     with pytest.raises(InputError, match=r"down_proj: gptq .* cannot hold groups of 64 beside groups of 128"):
         marlin_gptq.convert_checkpoint(tmp_path / "mixed", tmp_path / "out", "gptq")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_kv_cache_is_refused_or_told_of_and_other_unknown_tensors_kept(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_foreign(source, "compressed-tensors")
+    scales = {f"model.layers.{i}.self_attn.{own}_scale": torch.full((1,), 0.5) for i in (0, 1) for own in "kv"}
+    change_tensors(source, scales)
+    settings = json.loads((source / "config.json").read_text())["quantization_config"]
+    change_config(source, quantization_config=settings | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}})
+    for to in ("marlin", "gptq", "awq"):
+        with pytest.raises(InputError, match=f"kv_cache_scheme: the scales .* no place in the format {to}; set it"):
+            convert(source, to)
+    with pytest.warns(CheckpointWarning, match="kv_cache_scheme: the KV cache stays in 16 bits here"):
+        marlin_gptq.load(source)
+    change_config(source, quantization_config=settings | {"kv_cache_scheme": None})
+    held = TensorStore(convert(source, "gptq"))
+    assert all(torch.equal(held.get(name), tensor) for name, tensor in scales.items())
+
+
+def test_last_groups_that_are_not_full_and_fit_nothing_are_named(tmp_path: Path) -> None:
+    save_foreign(tmp_path / "source", "gptq", group_size=128, intermediate_size=200)
+    with pytest.raises(InputError, match=r"down_proj: group size 128 does not divide its 200 inp.*--group-size 32"):
+        convert(tmp_path / "source", "marlin")

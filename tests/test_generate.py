@@ -96,7 +96,9 @@ def test_the_context_limits_the_answer(model_dir: Path) -> None:
 
 
 def test_a_chat_template_is_used_if_there_is_one(model_dir: Path, tmp_path: Path) -> None:
-    assert "its tokenizer has no chat template; leave --chat out" in refused(model_dir, "-p", "hi", "--chat")
+    assert "its tokenizer has no chat template, or several and no default; leave --chat out" in refused(
+        model_dir, "-p", "hi", "--chat"
+    )
     tokenizer = character_tokenizer()
     tokenizer.chat_template = "<s>Q:{{ messages[0]['content'] }}{% if add_generation_prompt %}A:{% endif %}"
     ids = prompt_ids(tokenizer, "hi", chat=True)
@@ -125,12 +127,25 @@ def test_characters_of_several_tokens_come_whole(tiny_llama: Path) -> None:
     assert cut.add(first_bytes) == "" and "\ufffd" in cut.add([], last=True)
 
 
+def test_chat_templates_that_do_not_fit_a_single_turn(tmp_path: Path) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = {"tool_use": "{{ messages[0]['content'] }}"}
+    save_character_model(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert run(tmp_path, "-p", "hi", "--max-new-tokens", 1).exit_code == 0  # none of them is the default
+    assert "or several and no default" in refused(tmp_path, "-p", "hi", "--chat")
+    tokenizer.chat_template = "{{ raise_exception('a system turn is needed') }}"
+    tokenizer.save_pretrained(tmp_path)
+    assert refused(tmp_path, "-p", "hi").startswith("chat template: fails for a single turn of the user (a system turn")
+
+
 def test_bad_inputs(model_dir: Path, tmp_path: Path) -> None:
     assert "prompt: got none or two, expected one of" in refused(model_dir)
     assert "prompt: got none or two, expected one of" in refused(model_dir, "-p", "a", "--prompt-file", "b")
     assert f"{tmp_path}/none: no such file" in refused(model_dir, "--prompt-file", tmp_path / "none")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    assert "not readable as UTF-8 text" in refused(model_dir, "--prompt-file", tmp_path / "bytes")
+    assert "bytes is no UTF-8 text but UTF-16; convert it" in refused(model_dir, "--prompt-file", tmp_path / "bytes")
+    assert refused(model_dir, "-p", "caf\udce9") == "prompt is no UTF-8 text (byte 3); convert it first"
     assert "no such directory" in refused("./nowhere", "-p", "a")
     assert "--top-p" in refused(model_dir, "-p", "a", "--top-p", 2)
     small = tmp_path / "small"

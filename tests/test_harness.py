@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from character_model import character_tokenizer, save_character_model
+from character_model import character_tokenizer, save_character_model, tokenizer_without_ends
+from helpers import save_tiny_model
 
 from marlin_gptq.calibration import load_tokenizer
 from marlin_gptq.config import QuantizationConfig
@@ -310,3 +311,15 @@ def test_the_model_is_registered_once() -> None:
     from lm_eval.api.registry import get_model
 
     assert get_model("marlin") is marlin_model_class() is marlin_model_class()
+
+
+def test_tokenizers_without_bos_and_eos_and_halves_of_characters(tmp_path: Path, tasks_dir: Path) -> None:
+    save_tiny_model(tmp_path, vocab_size=95, bos_token_id=None, eos_token_id=None)  # no row for a token to pad with
+    tokenizer_without_ends().save_pretrained(tmp_path)
+    lm = open_model(tmp_path, device=CPU)
+    for file in ("even.yaml", "copycat.yaml"):
+        (result,) = run_suite(lm, load_suite([str(tasks_dir / file)]))
+        assert result.questions == 7
+    with pytest.raises(InputError, match="tokenizer: has neither a bos nor an eos token to put before a text"):
+        run_suite(lm, load_suite([str(tasks_dir / "prose.yaml")]))
+    assert lm.tok_encode("a\ud83d") == lm.tok_encode("a\N{REPLACEMENT CHARACTER}") and len(lm.tok_encode("abc")) == 3

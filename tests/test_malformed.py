@@ -25,8 +25,9 @@ from safetensors.torch import load_file, save_file
 import marlin_gptq
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.conversion import source as source_module
+from marlin_gptq.conversion.layouts import layout_of
 from marlin_gptq.conversion.original import open_source, read_state_dict
-from marlin_gptq.conversion.settings import layout_of, stored_settings
+from marlin_gptq.conversion.settings import stored_settings
 from marlin_gptq.conversion.source import Source, require_possible
 from marlin_gptq.conversion.survey import survey
 from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError

@@ -173,6 +173,12 @@ def test_files_that_are_not_mmlus(tmp_path: Path, content: str, message: str) ->
         read_rows(file, "anatomy")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_question(tmp_path: Path) -> None:
+    file = tmp_path / "anatomy_test.csv"
+    file.write_text("q,a,b,c,d,A\r\n", encoding="utf-8-sig")
+    assert read_rows(file, "anatomy")[0]["question"] == "q"
+
+
 def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     file = tmp_path / "anatomy_test.csv"
     file.write_bytes(b"caf\xe9,a,b,c,d,A\n")

@@ -46,6 +46,16 @@ def test_the_file_is_read_in_its_order(tmp_path: Path) -> None:
     assert read_overrides(written(tmp_path, TEXT)) == RULES
 
 
+def test_files_of_editors_that_write_a_byte_order_mark_or_another_encoding(tmp_path: Path) -> None:
+    file = written(tmp_path, TEXT)
+    file.write_text(TEXT, "utf-8-sig")
+    assert read_overrides(file) == RULES
+    for encoding, message in (("utf-16", "is no UTF-8 text but UTF-16"), ("latin-1", r"is no UTF-8 text \(byte")):
+        file.write_text(f"# läßt\n{TEXT}", encoding)
+        with pytest.raises(InputError, match=message):
+            read_overrides(file)
+
+
 def test_the_first_match_decides_and_the_config_keeps_it() -> None:
     config = QuantizationConfig(overrides=RULES)
     assert config.skips("model.layers.1.mlp.down_proj") and not config.skips("model.layers.0.mlp.down_proj")

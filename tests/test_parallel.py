@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from marlin_gptq.conversion.parallel import split_problems, warnings_for
+from marlin_gptq.conversion.parallel import fused_names, split_problems, warnings_for
 
 
 def llama(hidden: int, intermediate: int, heads: int, kv_heads: int, layers: int = 2) -> tuple[dict, SimpleNamespace]:
@@ -69,7 +69,7 @@ def test_half_of_a_fused_linear_in_16_bits() -> None:
     for name in kept:
         del shapes[name]
     (line,) = warnings_for(split_problems(shapes, kept, 128, config))
-    assert line.startswith("model.layers.{0-1,3}.self_attn.v_proj: left in 16 bits, but engines run it as one")
+    assert line.startswith("model.layers.{0-1,3}.self_attn.v_proj: left in 16 bits, but vLLM and SGLang run it as one")
     whole = tuple(f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up"))
     for name in whole:
         del shapes[name]
@@ -94,3 +94,15 @@ def test_experts_of_many_blocks_are_named_once() -> None:
         f"{named}.w1/w3: N = 96 on each of 2 is no multiple of 64",
         f"{named}.w2: K = 96 / 2 = 48 is no multiple of 128",
     ]
+
+
+def test_engines_ask_about_fused_names() -> None:
+    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
+    whole = [f"{attention}.{own}_proj" for own in "qkv"] + [f"{mlp}.down_proj"]
+    assert fused_names(whole, [f"{mlp}.gate_proj", f"{mlp}.up_proj"]) == [f"{attention}.qkv_proj"]
+    assert fused_names(whole[:1], whole[1:]) == []  # half of it: no name says that
+    experts = [f"{mlp}.experts.{index}.{own}_proj" for index in range(3) for own in ("gate", "up", "down")]
+    assert fused_names(experts, whole) == [f"{mlp}.experts"]
+    assert fused_names(experts[:3], experts[3:]) == []
+    (line,) = split_problems(dict.fromkeys(experts[3:], (128, 128)), tuple(experts[:3]), -1, None)[0]
+    assert line.startswith(f"{mlp}.experts.0.gate_proj, ") and "cannot load the model; skip all of them or none" in line

@@ -1,17 +1,19 @@
-"""requirements.within_reach: what is left out of a recipe that nobody chose, and what is said about it."""
+"""requirements.py: what is left out of a recipe that nobody chose, what of a model is kept, and what is refused."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from helpers import EXPERT_MODELS, save_tiny_model
+from safetensors.torch import load_file, save_file
 
-from marlin_gptq import QuantizationConfig, requirements
+from marlin_gptq import InputError, QuantizationConfig, convert_checkpoint, quantize_model, requirements
 from marlin_gptq.cli import quantize
-from marlin_gptq.requirements import tuned_sizes, within_reach
+from marlin_gptq.requirements import require_quantizable, tuned_sizes, within_reach
 from marlin_gptq.tuning.memory import needed_bytes
 from marlin_gptq.tuning.text import WINDOW
 
@@ -94,3 +96,53 @@ def test_the_command_decides_only_what_nobody_chose(
         assert result.exit_code == 2 and "far enough" in result.stderr
         assert ("note: preset best runs without its end-to-end tuning" in result.stderr) is (extra == [])
     assert asked == [PASS, BEST, QuantizationConfig.from_preset("best", tune_rate=1e-3)]
+
+
+def with_tensors(directory: Path, more: dict[str, torch.Tensor]) -> Path:
+    save_tiny_model(directory)
+    file = directory / "model.safetensors"
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    return directory
+
+
+def test_tensors_without_a_place_are_kept_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = {
+        "model.layers.2.mlp.up_proj.weight": torch.randn(256, 128),  # layers that predict further tokens
+        "mtp.fc.weight": torch.randn(4, 4, dtype=torch.bfloat16),
+        "score.weight": torch.randn(2, 128).half(),
+        "model.layers.0.self_attn.k_scale": torch.ones(1),
+        "model.layers.1.self_attn.masked_bias": torch.tensor(-1e9),
+        "model.layers.0.self_attn.q_proj.bias": torch.zeros(128).half(),  # of old tools
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16),
+    }
+    model = with_tensors(tmp_path / "model", more)
+    monkeypatch.setattr(logging.getLogger("marlin_gptq"), "propagate", True)
+    report = quantize_model(model, tmp_path / "out", QuantizationConfig(method="rtn"), [], device=CPU)
+    kept = sorted(name for name in more if "q_proj" not in name and "rotary" not in name)
+    assert report.unknown_tensors == kept
+    assert f"5 tensors that the architecture has no place for are kept as they are ({kept[0]})" in caplog.text
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(held[name].dtype == more[name].dtype and torch.equal(held[name], more[name]) for name in kept)
+    assert not {name for name in more if name not in kept} & held.keys()
+    assert report.bytes_after == sum(tensor.nbytes for tensor in held.values())
+    convert_checkpoint(tmp_path / "out", tmp_path / "gptq", "gptq")
+    assert set(kept) <= load_file(tmp_path / "gptq" / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("name", ["bias", "weight_scale", "lora_A.default.weight"])
+def test_tensors_of_a_linear_that_would_be_left_out_are_refused(tmp_path: Path, name: str) -> None:
+    owner = "model.layers.1.mlp.down_proj"
+    model = with_tensors(tmp_path / "model", {f"{owner}.{name}": torch.ones(128)})
+    with pytest.raises(
+        InputError, match=rf"{owner}\.{name}: the architecture has no place for it, and {owner} would be"
+    ):
+        require_quantizable(model, tmp_path / "out", QuantizationConfig(method="rtn"))
+    require_quantizable(model, tmp_path / "out", QuantizationConfig(method="rtn", skip=("down_proj",)))
+
+
+def test_settings_in_a_file_of_their_own_say_quantized_too(model: Path, tmp_path: Path) -> None:
+    (model / "quantize_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"is quantized already \(by gptq\)"):
+        require_quantizable(model, tmp_path / "out", QuantizationConfig(method="rtn"))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from foreign import dense_model, save_foreign
-from helpers import save_tiny_model
+from helpers import EXPERT_MODELS, save_tiny_model
 
 import marlin_gptq
 from marlin_gptq import QuantizationConfig, convert_checkpoint, quantize_model
@@ -28,8 +30,10 @@ with torch.no_grad():
 """
 
 
-def quantized(directory: Path, group_size: int, skip: tuple[str, ...] = ()) -> Path:
-    base = save_tiny_model(directory.parent / "base")
+def quantized(
+    directory: Path, group_size: int, skip: tuple[str, ...] = (), architecture: str = "llama", **changes: Any
+) -> Path:
+    base = save_tiny_model(directory.parent / "base", architecture, **changes)
     config = QuantizationConfig(method="rtn", group_size=group_size, skip=skip)
     quantize_model(base, directory, config, [], device=torch.device("cpu"))
     return directory
@@ -109,6 +113,44 @@ def test_gptq_settings_are_those_that_engines_read(tmp_path: Path) -> None:
     understood = GPTQConfig.from_dict(dict(settings))
     assert (understood.bits, understood.group_size, understood.sym, understood.desc_act) == (4, 64, True, False)
     assert understood.format == "gptq"
+
+
+def engine_names(engine: str) -> dict[str, list[str]]:
+    """{what an engine calls a linear: the linears of the files that it is made of}, of a dense model's block."""
+    parent, _, own = engine.rpartition(".")
+    parts = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    return {engine: [f"{parent}.{part}" for part in parts.get(own, [own])]}
+
+
+@pytest.mark.parametrize("skip", [r"layers\.0\.", r"layers\.1\.self_attn\.", r"(gate|up)_proj", "o_proj"])
+def test_blocks_left_in_16_bits_are_known_to_engines(tmp_path: Path, skip: str) -> None:
+    """The rules that vLLM publishes, for the names that it gives to fused linears; the engine itself does not run."""
+    marlin = quantized(tmp_path / "marlin", 128, skip=(skip,))
+    settings = {}
+    for to in ("gptq", "awq", "compressed-tensors"):
+        convert_checkpoint(marlin, tmp_path / to, to)
+        settings[to] = json.loads((tmp_path / to / "config.json").read_text())["quantization_config"]
+    held = set(TensorStore(tmp_path / "gptq").names)
+    for block in (0, 1):
+        for own in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            ((engine, parts),) = engine_names(f"model.layers.{block}.{own}").items()
+            left = f"{parts[0]}.qweight" not in held
+            patterns = [pattern.removeprefix("-:") for pattern in settings["gptq"].get("dynamic", {})]
+            for name in (engine, *parts):
+                assert any(re.match(pattern, name) for pattern in patterns) == left, name
+                assert any(one in name for one in settings["awq"]["modules_to_not_convert"]) == left, name
+            assert all((part in settings["compressed-tensors"]["ignore"]) == left for part in parts)
+
+
+def test_routers_are_no_quantized_linears_to_engines(tmp_path: Path) -> None:
+    marlin = quantized(tmp_path / "marlin", 128, architecture="qwen3_moe", **EXPERT_MODELS["qwen3_moe"])
+    gates = [f"model.layers.{block}.mlp.gate" for block in (0, 1)]
+    for to, named in (("gptq", [r"-:^model\.layers\.0\.mlp\.gate$"]), ("awq", gates), ("compressed-tensors", gates)):
+        convert_checkpoint(marlin, tmp_path / to, to)
+        settings = json.loads((tmp_path / to / "config.json").read_text())["quantization_config"]
+        said = settings.get("dynamic") or settings.get("modules_to_not_convert") or settings["ignore"]
+        assert set(named) <= set(said)
+        assert "modules_in_block_to_quantize" not in settings
 
 
 def test_awq_settings_are_those_that_engines_read(tmp_path: Path) -> None:

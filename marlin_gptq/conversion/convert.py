@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from marlin_gptq.checkpoint_writer import CheckpointWriter
 from marlin_gptq.conversion.linears import StoredLinear, exact_cast, refusal, with_scales, write_linear
 from marlin_gptq.conversion.original import StateDictWriter, open_source
 from marlin_gptq.conversion.parallel import split_problems, warnings_for
+from marlin_gptq.conversion.reading import groups_of
+from marlin_gptq.conversion.report import ConversionReport, conversion_card
 from marlin_gptq.conversion.settings import (
     FORMATS,
-    OLD_FILES,
     ORIGINAL,
     Layout,
     Written,
@@ -29,34 +29,12 @@ from marlin_gptq.conversion.source import Source
 from marlin_gptq.conversion.survey import Survey, run_linear, survey
 from marlin_gptq.disk import require_space
 from marlin_gptq.errors import InputError
+from marlin_gptq.model_directory import OLD_SETTINGS
 from marlin_gptq.output_directory import CARD, LOG_FILE
 from marlin_gptq.placement import Placement
 
 HALF_SCALES = ("gptq", "awq", ORIGINAL)  # formats whose scales are float16
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion did. Sizes in bytes; dtype that of scales and activations; warnings one sentence each."""
-
-    source: str
-    output: str
-    source_format: str
-    format: str
-    linears: int
-    group_size: int
-    symmetric: bool
-    act_order: bool
-    dtype: str
-    bytes_before: int
-    bytes_after: int
-    seconds: float
-    warnings: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return asdict(self)
 
 
 def convert_checkpoint(
@@ -88,6 +66,11 @@ def convert_checkpoint(
     """
     started = time.perf_counter()
     source = open_source(path, base)
+    if source.settings.get("kv_cache_scheme"):
+        raise InputError(
+            f"{path}: kv_cache_scheme: the scales of a quantized KV cache have no place in the format {to}; set it to "
+            "null in config.json to convert the weights alone"
+        )
     found = survey(source)
     target = _target(source, found, to, gptq_version)
     scale_dtype = _require_held(source, found, target)
@@ -173,7 +156,7 @@ def _require_held(source: Source, found: Survey, target: Layout) -> torch.dtype:
     stored = torch.float16 if target.format in HALF_SCALES else found.scale_dtype
     for name in source.linears:
         linear = source.linear(name, with_codes=False)
-        if source.own is None or target.format != "marlin":
+        if target.format != "marlin":
             require_one_size(name, linear.weight.group_size, target)
         reason = refusal(linear, target, *source.architecture.shapes[name])
         if reason:
@@ -215,12 +198,33 @@ def result_settings(source: Source, target: Layout) -> dict[str, Any]:
         ),
         blocks=source.architecture.blocks,
         linears=source.linears,
+        beside=_matrices_beside(source),
+        sizes=_own_sizes(source) if target.format == "marlin" and source.own is None else {},
         damp_percent=damp if isinstance(damp, float) else None,
         true_sequential=sequential if isinstance(sequential, bool) else None,
     )
     if target.format == "marlin":
         return marlin_settings(written, source.own).to_dict()
-    return settings_for(written)
+    result = settings_for(written)
+    if settings.get("quant_method") == target.format == "gptq":  # another version of the same: the rest stays true
+        stale = ("format", "dynamic", "modules_in_block_to_quantize")
+        result = {key: value for key, value in settings.items() if key not in stale} | result
+        result["static_groups"] = settings.get("static_groups", False)
+    return result
+
+
+def _matrices_beside(source: Source) -> tuple[str, ...]:
+    """Names of the modules of decoder blocks that hold a matrix and are no linear: routers of experts."""
+    held = [name.removesuffix(".weight") for name in source.others() if name.endswith(".weight")]
+    inside = [name for name in held if name.startswith(f"{source.architecture.blocks}.")]
+    strange = [name for name in inside if name not in source.architecture.shapes]
+    return tuple(name for name in strange if len(source.store.shape(f"{name}.weight")) == 2)
+
+
+def _own_sizes(source: Source) -> dict[str, int]:
+    """Group sizes of the linears that have another one than the rest: those whose last group was not full."""
+    sizes = {name: groups_of(source.architecture.shapes[name][1], source.layout)[1] for name in source.linears}
+    return {name: size for name, size in sizes.items() if size != source.layout.group_size}
 
 
 def engine_warnings(
@@ -232,6 +236,11 @@ def engine_warnings(
     lines = warnings_for(split_problems(shapes, kept, layout.group_size, config))
     if layout.format == "gptq" and not layout.sym:
         lines.append("zero points: vLLM runs asymmetric GPTQ without its Marlin kernel; AWQ keeps it on that kernel")
+    if layout.format == "compressed-tensors" and not layout.sym:
+        lines.append(
+            "zero points: transformers cannot load asymmetric compressed-tensors (tried with its package up to 0.20); "
+            "vLLM and SGLang can, and transformers reads GPTQ and AWQ with zero points"
+        )
     if layout.format == "compressed-tensors" and layout.desc_act:
         lines.append(
             "act-order: the compressed-tensors package reads weight_g_idx no longer (0.20 refuses it); GPTQ does"
@@ -252,49 +261,18 @@ def _warnings(source: Source, found: Survey, target: Layout) -> list[str]:
 def _write_companions(
     writer: CheckpointWriter, source: Source, settings: dict[str, Any], report: ConversionReport
 ) -> None:
-    config = {key: value for key, value in source.config.items() if key not in ("torch_dtype", "compression_config")}
+    stale = ("torch_dtype", "compression_config", "transformers_weights")
+    config = {key: value for key, value in source.config.items() if key not in stale}
     config |= {"dtype": report.dtype, "quantization_config": settings}
     # The log of a quantization stays true of the codes, whatever holds them.
     log = () if source.layout.format == "marlin" else (LOG_FILE,)
-    writer.copy_companions(source.directory, leave=("config.json", CARD, *log, *OLD_FILES))
+    writer.copy_companions(source.directory, leave=("config.json", CARD, *log, *OLD_SETTINGS))
     writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
     if settings["quant_method"] == "gptq":  # GPTQ's own tools look here first
         writer.write_text("quantize_config.json", json.dumps(settings, indent=2) + "\n")
     card = source.directory / CARD
     recipe = card.read_text("utf-8") if source.layout.format == "marlin" and card.is_file() else ""
-    writer.write_text(CARD, conversion_card(report, recipe))
-
-
-def conversion_card(report: ConversionReport, source_card: str = "") -> str:
-    """Markdown: what the directory is, where it came from, how to load it; the recipe, where `source_card` has it."""
-    table_found = re.search(r"^\| setting or figure \|.*?(?=^$)", source_card, flags=re.MULTILINE | re.DOTALL)
-    recipe = f"\n## How it was quantized\n\n{table_found[0]}" if table_found else ""
-    rows = [
-        ("format", report.format),
-        ("converted from", f"{report.source} ({report.source_format}), codes and scales unchanged"),
-        ("bits, group size", f"4, {'whole row' if report.group_size == -1 else report.group_size}"),
-        ("zero points", "none (symmetric)" if report.symmetric else "yes"),
-        ("act-order", "yes" if report.act_order else "no"),
-        ("dtype of scales and activations", report.dtype),
-        ("size of the weights", f"{report.bytes_after / 1e6:.1f} MB"),
-    ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return f"""---
-library_name: transformers
-tags: [{report.format.split()[0]}, 4-bit, marlin-gptq]
----
-
-# {report.source}, 4 bits as {report.format}
-
-Converted by marlin-gptq. The licence is that of the source.
-
-| property | value |
-|---|---|
-{table}
-
-```python
-import marlin_gptq
-
-model = marlin_gptq.load("PATH_OF_THIS_DIRECTORY")
-```
-{recipe}"""
+    text = conversion_card(report, recipe)
+    if source.layout.format != "marlin" and source.settings:  # also those that the result has no place for
+        text += f"\n## Settings of the source\n\n```json\n{json.dumps(source.settings, indent=2)}\n```\n"
+    writer.write_text(CARD, text)

@@ -218,13 +218,21 @@ def _verified(name: str, linear: StoredLinear, against: _Original) -> Verified:
             f"{name}: {int((error > 0).sum())} of {error.numel()} weights differ from those of {against.directory}: "
             "this is no conversion of it"
         )
+    steps = _steps(linear)
+    if linear.weight.zeros is not None:
+        off_by = float(((weight - dequantized) / steps.clamp_min(1e-30)).mean())
+        if abs(off_by) > 0.5:
+            raise CheckpointError(
+                f"{name}: its weights lie {abs(off_by):.2f} steps from those of {against.directory} on average: its "
+                "zero points are of another GPTQ version than is assumed; name it as checkpoint_format ('gptq' or "
+                "'gptq_v2') in its settings"
+            )
     relative = float((error.double() ** 2).sum() / (weight.double() ** 2).sum().clamp_min(1e-300))
     if not relative <= LARGEST_ERROR:
         raise CheckpointError(
             f"{name}: its relative error against {against.directory} is {relative:.3g}, above {LARGEST_ERROR}: this is "
             "no quantization of that weight"
         )
-    steps = _steps(linear)
     off = error / steps
     off[steps == 0] = 0  # a group of scale 0 holds no weights
     # A largest weight of 7.5 steps is that much further than half a step off once the step is rounded to its dtype.

@@ -15,12 +15,12 @@ from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.conversion.convert import (
     HALF_SCALES,
-    ConversionReport,
     Progress,
     convert_checkpoint,
     engine_warnings,
     require_one_size,
 )
+from marlin_gptq.conversion.report import ConversionReport
 from marlin_gptq.conversion.settings import Layout
 from marlin_gptq.conversion.source import architecture
 from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError

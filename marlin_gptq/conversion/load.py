@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from marlin_gptq.checkpoint import CheckpointWarning
 from marlin_gptq.conversion.convert import checked_target, result_settings
 from marlin_gptq.conversion.linears import with_scales, write_linear
 from marlin_gptq.conversion.original import open_source
@@ -44,6 +46,12 @@ def load(
     if not path.is_file():
         path = resolve_model(str(model), revision=revision, offline=offline)
     source = open_source(path, None if base is None else Path(base))
+    if source.settings.get("kv_cache_scheme"):
+        warnings.warn(
+            f"{model}: kv_cache_scheme: the KV cache stays in 16 bits here, its scales are not read",
+            CheckpointWarning,
+            stacklevel=2,
+        )
     found = survey(source)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _assembled(source, found, dtype or found.scale_dtype).to(place)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlin_gptq.checkpoint import can_be_mapped
 from marlin_gptq.config import GROUP_SIZES
 from marlin_gptq.conversion.settings import ORIGINAL, Layout, stored_settings
 from marlin_gptq.conversion.source import Source
@@ -35,7 +36,7 @@ def read_state_dict(checkpoint: Path) -> dict[str, Tensor]:
     if not checkpoint.is_file():
         raise InputError(f"{checkpoint}: no such file; a torch state dict (*.marlin.g128) is needed")
     try:
-        content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        content: Any = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=can_be_mapped(checkpoint))
     except (*_UNREADABLE, OSError, AssertionError, RecursionError, MemoryError) as error:
         said = " ".join(str(error).split())[:200]
         raise CheckpointError(

@@ -9,12 +9,20 @@ and up, run as one linear.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 DEGREES = (1, 2, 4, 8)
 TILE_N, TILE_K = 64, 128
 ROWS = ("o_proj", "down_proj", "out_proj", "dense", "fc2", "c_proj", "w2", "wo", "dense_4h_to_h")
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+# Linears that engines run as one, by the name that they give it.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "w13": ("w1", "w3"),
+}
+_EXPERT = re.compile(r"(.*\.experts)\.\d+\.")
 
 
 def split_problems(
@@ -52,12 +60,31 @@ def warnings_for(problems: dict[int, list[str]], most: int = 6) -> list[str]:
     return lines
 
 
+def fused_names(left: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """Names that engines give to linears of which every part stays in 16 bits: qkv_proj, gate_up_proj, experts."""
+    mixed = _fused_parts(quantized)
+    return [name for name in _fused_parts(left) if name not in mixed]
+
+
+def _fused_parts(names: Iterable[str]) -> dict[str, list[str]]:
+    """{name that engines give: those of `names` that are part of it}; linears that run alone are left out."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        fused = next((one for one, group in FUSED.items() if own in group), None)
+        expert = _EXPERT.match(name)
+        together = expert[1] if expert else fused and f"{parent}.{fused}"
+        if together is not None:
+            parts.setdefault(together, []).append(name)
+    return parts
+
+
 def _units(shapes: dict[str, tuple[int, int]]) -> dict[str, list[tuple[str, int, int]]]:
     """Linears as engines run them: {name: [(own name, N, K), …]}, q/k/v and gate/up as one."""
     units: dict[str, list[tuple[str, int, int]]] = {}
     for name, (n, k) in shapes.items():
         parent, _, own = name.rpartition(".")
-        together = next((group for group in FUSED if own in group), None)
+        together = next((group for group in FUSED.values() if own in group), None)
         mates = [mate for mate in together or () if f"{parent}.{mate}" in shapes]
         key = f"{parent}.{'/'.join(mates)}" if len(mates) > 1 else name
         units.setdefault(key, []).append((own, n, k))
@@ -89,13 +116,12 @@ def _problem(members: list[tuple[str, int, int]], group_size: int, degree: int, 
 
 def _half_fused(shapes: dict[str, tuple[int, int]], kept: tuple[str, ...]) -> dict[int, list[str]]:
     """Engines cannot fuse a quantized linear with one that is not; under the key 0, whatever the degree."""
-    mixed = []
-    for name in kept:
-        parent, _, own = name.rpartition(".")
-        together = next((group for group in FUSED if own in group), ())
-        if any(f"{parent}.{mate}" in shapes for mate in together):
-            mixed.append(name)
-    text = "left in 16 bits, but engines run it as one with its quantized neighbours and may refuse the model"
+    quantized = _fused_parts(shapes)
+    mixed = [name for together, names in _fused_parts(kept).items() if together in quantized for name in names]
+    text = (
+        "left in 16 bits, but vLLM and SGLang run it as one with its quantized neighbours and cannot load the model; "
+        "skip all of them or none"
+    )
     return {0: [f"{_ranges(mixed)}: {text}"]} if mixed else {}
 
 

@@ -44,13 +44,25 @@ class Tensors(Protocol):
     def size(self, name: str) -> int: ...
 
 
-def groups_of(in_features: int, group_size: int) -> int:
-    """Rows of scales; InputError for groups that do not fill the row."""
-    if group_size == -1:
-        return 1
-    if in_features % group_size:
-        raise InputError(f"group size {group_size} does not divide {in_features} input features")
-    return in_features // group_size
+def groups_of(in_features: int, layout: Layout) -> tuple[int, int]:
+    """(rows of scales, group size that the linear can run in): a smaller one where the last group is not full.
+
+    GPTQ and compressed-tensors know such groups. They become whole ones, exactly, where 64 or 32 divides the row;
+    InputError for groups that do not fill it.
+    """
+    size = layout.group_size
+    if size == -1:
+        return 1, size
+    if in_features % size == 0:
+        return in_features // size, size
+    whole = [smaller for smaller in (64, 32) if smaller < size and in_features % smaller == 0]
+    if not whole or layout.format not in ("gptq", "compressed-tensors"):
+        raise InputError(
+            f"group size {size} does not divide its {in_features} input features, and neither format nor kernel can "
+            "hold a last group that is not full; quantize the model with a group size that divides them "
+            "(marlin-quantize --group-size 32, or -1 for whole rows), or leave this linear in 16 bits"
+        )
+    return -(-in_features // size), whole[0]
 
 
 def read_linear(
@@ -62,7 +74,7 @@ def read_linear(
     no order of the input features makes whole groups of.
     """
     try:
-        groups = groups_of(in_features, layout.group_size)
+        groups, size = groups_of(in_features, layout)
         shapes = _shapes(layout.format, out_features, in_features, groups)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
@@ -78,7 +90,18 @@ def read_linear(
             f"{name}: the settings say symmetric, but a zero point is {int(zeros[zeros != ZERO_CODE][0])}, not "
             f"{ZERO_CODE}{other}"
         )
-    return linear
+    return linear if size == layout.group_size else _in_whole_groups(linear, layout.group_size, size, in_features)
+
+
+def _in_whole_groups(linear: StoredLinear, stored: int, size: int, in_features: int) -> StoredLinear:
+    """The same weights in groups of `size`, which divides both the `stored` group size and the row."""
+    weight = linear.weight
+
+    def repeated(groups: Tensor) -> Tensor:
+        return groups.repeat_interleave(stored // size, dim=1)[:, : in_features // size].contiguous()
+
+    zeros = None if weight.zeros is None else repeated(weight.zeros)
+    return StoredLinear(QuantizedWeight(weight.codes, repeated(weight.scales), zeros, size), linear.input_order)
 
 
 class _Parts:
@@ -165,7 +188,7 @@ def _read_original(part: _Parts, layout: Layout, n: int, k: int, groups: int, wi
 def _read_gptq(part: _Parts, layout: Layout, n: int, k: int, groups: int, with_codes: bool) -> StoredLinear:
     scales = part.get("scales", *SCALE_DTYPES, torch.float32).t().contiguous()
     zeros = gptq.unpack_zeros(part.get("qzeros", torch.int32), layout.version)
-    order = _order(part, "g_idx", groups)
+    order = _order(part, "g_idx", layout, k, groups)
     if layout.desc_act and groups > 1 and "g_idx" not in part:
         raise CheckpointError(f"{part.name}.g_idx: missing, but the settings say act-order (desc_act)")
     part.require("qweight", torch.int32)
@@ -190,7 +213,7 @@ def _read_compressed(part: _Parts, layout: Layout, n: int, k: int, groups: int, 
     zeros = None
     if not layout.sym or "weight_zero_point" in part:  # some tools write it for symmetric weights too
         zeros = _compressed_zeros(part, n, groups)
-    order = _order(part, "weight_g_idx", groups)
+    order = _order(part, "weight_g_idx", layout, k, groups)
     part.require("weight_packed", torch.int32)
     codes = compressed_tensors.unpack_codes(part.get("weight_packed", torch.int32), k) if with_codes else NO_CODES
     return _ordered(codes, scales, zeros, layout, order)
@@ -217,11 +240,15 @@ _READ = {
 }
 
 
-def _order(part: _Parts, own: str, groups: int) -> Tensor | None:
+def _order(part: _Parts, own: str, layout: Layout, k: int, groups: int) -> Tensor | None:
     if own not in part:
         return None
+    g_idx = part.get(own, torch.int32, torch.int64)
+    unmoved = torch.arange(k) // layout.group_size if groups > 1 else torch.zeros(k)
+    if bool((g_idx == -1).all()) or torch.equal(g_idx.long(), unmoved.long()):
+        return None  # -1: compressed-tensors before September 2024, for "no order"
     try:
-        return gptq.order_of_groups(part.get(own, torch.int32, torch.int64), groups)
+        return gptq.order_of_groups(g_idx, groups)
     except ValueError as error:
         raise InputError(f"{part.name}.{own}: {str(error).removeprefix('g_idx: ')}") from error
 

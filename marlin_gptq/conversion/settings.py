@@ -1,22 +1,21 @@
-"""The "quantization_config" of each format: what it says about the tensors, and how we write it."""
+"""The "quantization_config" of each format: where it stands, and how we write it; `layouts.py` reads it."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from marlin_gptq.config import GROUP_SIZES, QUANT_METHOD, QuantizationConfig
-from marlin_gptq.errors import CheckpointError, InputError
-from marlin_gptq.model_directory import read_json
+from marlin_gptq.config import Override, QuantizationConfig
+from marlin_gptq.conversion.parallel import fused_names
+from marlin_gptq.errors import CheckpointError
+from marlin_gptq.model_directory import OLD_SETTINGS, read_json
 
 ORIGINAL = "original"  # a state dict of the original Marlin repository, no directory
 FORMATS = ("marlin", "gptq", "awq", "compressed-tensors")
 HEAD = "lm_head"  # the name engines know the output head by
-# Before config.json held them, the settings of GPTQ and AWQ had files of their own.
-OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class Layout:
     group_size  128, 64, 32 or -1.
     sym         whether the settings claim a symmetric grid; None where they do not say.
     version     of the GPTQ layout: 1 stores zero points less one, 2 as they are.
+    declared    whether the settings name that version; where they do not, `with_version` asks the files.
     desc_act    whether the settings claim act-order: groups may have moved.
     """
 
@@ -35,6 +35,7 @@ class Layout:
     sym: bool | None = None
     version: int = 1
     desc_act: bool = False
+    declared: bool = True
 
     @property
     def title(self) -> str:
@@ -52,113 +53,10 @@ def stored_settings(directory: Path, config: dict[str, Any]) -> dict[str, Any] |
                     f"{directory}/config.json: {key}: got a JSON {type(settings).__name__}, expected an object"
                 )
             return {"quant_method": "compressed-tensors"} | settings if key == "compression_config" else settings
-    for name, method in OLD_FILES.items():
+    for name, method in OLD_SETTINGS.items():
         if (directory / name).exists():
             return {"quant_method": method} | read_json(directory / name)
     return None
-
-
-def layout_of(settings: dict[str, Any]) -> Layout:
-    """What the settings say about the tensors. InputError, by name, for what neither format nor kernel holds."""
-    method = settings.get("quant_method")
-    if method is None and "w_bit" in settings:
-        method = "awq"
-    if method == QUANT_METHOD:
-        own = QuantizationConfig.from_dict(settings)
-        return Layout("marlin", own.group_size, own.sym, desc_act=own.desc_act)
-    if method == "gptq":
-        return _gptq(settings)
-    if method == "awq":
-        return _awq(settings)
-    if method == "compressed-tensors":
-        return _compressed_tensors(settings)
-    raise InputError(
-        f"quant_method: got {method!r}, which is none of those that can be read: {QUANT_METHOD} (marlin), gptq, awq, "
-        "compressed-tensors"
-    )
-
-
-def _gptq(settings: dict[str, Any]) -> Layout:
-    _require_bits(settings.get("bits"))
-    kind = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-    if kind not in ("gptq", "gptq_v2"):
-        raise InputError(f"checkpoint_format: got {kind!r}, expected 'gptq' or 'gptq_v2'")
-    if settings.get("is_marlin_format"):
-        raise InputError("is_marlin_format: got true, an old mixed form of GPTQ and Marlin; expected plain GPTQ")
-    _require(settings, "pack_dtype", ("int32", None))
-    dynamic = settings.get("dynamic") or {}
-    if not isinstance(dynamic, dict):
-        raise InputError(f"dynamic: got {dynamic!r}, expected an object of patterns")
-    if differing := [pattern for pattern in dynamic if not str(pattern).startswith("-:")]:
-        raise InputError(
-            f"dynamic: {differing[0]!r} changes settings for single layers; one bit width and group size is needed"
-        )
-    return Layout(
-        "gptq",
-        _group_size(settings.get("group_size")),
-        _flag(settings, "sym"),
-        2 if kind == "gptq_v2" else 1,
-        bool(_flag(settings, "desc_act")),
-    )
-
-
-def _awq(settings: dict[str, Any]) -> Layout:
-    _require_bits(settings.get("bits", settings.get("w_bit")))
-    version = settings.get("version", "gemm")
-    if not isinstance(version, str) or version.lower() != "gemm":
-        raise InputError(f"version: got {version!r}, expected 'gemm': the other AWQ layouts are not read")
-    return Layout("awq", _group_size(settings.get("group_size", settings.get("q_group_size"))))
-
-
-def _compressed_tensors(settings: dict[str, Any]) -> Layout:
-    _require(settings, "format", ("pack-quantized",))
-    groups = settings.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise InputError(f"config_groups: got {groups!r}, expected an object with at least one group")
-    found = set()
-    for name, group in groups.items():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(weights, dict):
-            raise InputError(f"config_groups.{name}.weights: got {weights!r}, expected an object")
-        for key in ("input_activations", "output_activations"):
-            if group.get(key) is not None:
-                raise InputError(f"config_groups.{name}.{key}: activations are quantized too; only weights may be")
-        _require(group, "format", ("pack-quantized", None))
-        _require_bits(weights.get("num_bits"))
-        _require(weights, "type", ("int", None))
-        _require(weights, "dynamic", (False, None))
-        _require(weights, "strategy", ("group", "channel"))
-        channel = weights["strategy"] == "channel"
-        found.add((-1 if channel else _group_size(weights.get("group_size")), _flag(weights, "symmetric")))
-    if len(found) > 1:
-        raise InputError(f"config_groups: {len(found)} different settings; one group size for all layers is needed")
-    ((group_size, symmetric),) = found
-    return Layout("compressed-tensors", group_size, True if symmetric is None else symmetric)
-
-
-def _require_bits(bits: Any) -> None:
-    if type(bits) is not int or bits != 4:
-        raise InputError(f"bits: got {bits!r}, only 4-bit codes can be held")
-
-
-def _group_size(size: Any) -> int:
-    if type(size) is not int or size not in GROUP_SIZES:
-        raise InputError(f"group_size: got {size!r}, expected one of 128, 64, 32 or -1 (the whole row)")
-    return size
-
-
-def _flag(settings: dict[str, Any], key: str) -> bool | None:
-    value = settings.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise InputError(f"{key}: got {value!r}, expected true or false")
-    return value
-
-
-def _require(settings: dict[str, Any], key: str, allowed: tuple[Any, ...]) -> None:
-    value = settings.get(key)
-    if not any(type(value) is type(one) and value == one for one in allowed):
-        wanted = " or ".join(repr(one) for one in allowed if one is not None)
-        raise InputError(f"{key}: got {value!r}, expected {wanted}")
 
 
 @dataclass(frozen=True)
@@ -167,9 +65,11 @@ class Written:
 
     layout   as the result is to be.
     kept     full names of the decoder linears that stay in 16 bits.
+    beside   those of other matrices of the blocks, which engines may take for linears: routers of experts.
     outside  full names of the linears outside the decoder blocks that do: the head, as a rule.
     blocks   the name of the list of decoder blocks, `model.layers`.
     linears  full names of the quantized linears.
+    sizes    group sizes of those that have another one than the layout, by full name: Marlin only.
     damp_percent, true_sequential  of the quantization, None where unknown.
     """
 
@@ -178,6 +78,8 @@ class Written:
     outside: tuple[str, ...]
     blocks: str
     linears: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
     damp_percent: float | None = None
     true_sequential: bool | None = None
 
@@ -185,6 +87,8 @@ class Written:
 def settings_for(result: Written) -> dict[str, Any]:
     """The "quantization_config" of a foreign format, with the fields that vLLM, SGLang and transformers read."""
     layout = result.layout
+    left = [*result.kept, *result.beside]
+    named = [*left, *fused_names(left, result.linears)]
     if layout.format == "gptq":
         settings: dict[str, Any] = {
             "quant_method": "gptq",
@@ -204,7 +108,8 @@ def settings_for(result: Written) -> dict[str, Any]:
             settings["true_sequential"] = result.true_sequential
         if result.kept:
             settings["modules_in_block_to_quantize"] = _by_block(result)
-            settings["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in result.kept}
+        if named:
+            settings["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in named}
         return settings
     if layout.format == "awq":
         head = {"lm_head": True} if HEAD in result.linears else {}
@@ -214,7 +119,7 @@ def settings_for(result: Written) -> dict[str, Any]:
             "group_size": layout.group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": list(result.kept) or None,
+            "modules_to_not_convert": named or None,
         } | head
     weights = {
         "num_bits": 4,
@@ -234,7 +139,7 @@ def settings_for(result: Written) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": [*result.outside, *result.kept],
+        "ignore": [*result.outside, *left],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
@@ -258,6 +163,7 @@ def marlin_settings(result: Written, origin: QuantizationConfig | None) -> Quant
         method="imported",
         preset="none",
         skip=skip_patterns(result),
+        overrides=tuple(Override(f"^{re.escape(name)}$", 4, size) for name, size in result.sizes.items()),
     )
 
 

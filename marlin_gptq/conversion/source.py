@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from marlin_gptq.checkpoint import TensorStore
+from marlin_gptq.checkpoint import CheckpointWarning, TensorStore
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.conversion.layouts import layout_of
 from marlin_gptq.conversion.linears import ZERO_CODE, StoredLinear
 from marlin_gptq.conversion.reading import CODES, PARTS, Tensors, read_linear
-from marlin_gptq.conversion.settings import Layout, layout_of, stored_settings
+from marlin_gptq.conversion.settings import Layout, stored_settings
+from marlin_gptq.conversion.zero_points import with_version
 from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.model_directory import read_json
 from marlin_gptq.modeling.architecture import decoder_blocks, read_config
@@ -126,6 +129,13 @@ def _numbers(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str,
         yield key, content
 
 
+def _above(name: str) -> Iterator[str]:
+    """`name` and the names of the modules that it is in: a.b.c, a.b, a."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
 class Source:
     """A quantized model of any format: its tensors, and the directory of its config, tokenizer and so on.
 
@@ -143,6 +153,11 @@ class Source:
         self.architecture = architecture(directory, len(store.names))
         self.linears = self._linears()
         self._require_complete()
+        self._require_understood()
+        if not layout.declared:
+            self.layout, doubt = with_version(store, self.linears, layout)
+            if doubt is not None:
+                warnings.warn(f"{self.path}: {doubt}", CheckpointWarning, stacklevel=2)
 
     @classmethod
     def of_directory(cls, directory: Path) -> Source:
@@ -155,6 +170,10 @@ class Source:
         except InputError as error:
             raise InputError(f"{directory}: {error}") from error
         return cls(directory, TensorStore(directory), settings, layout)
+
+    @cached_property
+    def _quantized(self) -> frozenset[str]:
+        return frozenset(self.linears)
 
     @cached_property
     def own(self) -> QuantizationConfig | None:
@@ -215,6 +234,17 @@ class Source:
                 f"{strangers[0]}{ending}: {type(self.architecture.config).__name__} has no linear of this name"
             )
         return tuple(name for name in self.architecture.shapes if name in held)
+
+    def _require_understood(self) -> None:
+        """InputError for a tensor of a quantized linear, or of the format, that nothing here knows the meaning of."""
+        for name in self.others():
+            base, _, own = name.rpartition(".")
+            owner = next((above for above in _above(base) if above in self._quantized), None)
+            if own in PARTS[self.layout.format] or (owner is not None and name != f"{owner}.bias"):
+                raise InputError(
+                    f"{name}: not understood: a quantized linear of {self.layout.title} has "
+                    f"{', '.join(PARTS[self.layout.format])}, and what more there is may change what the model computes"
+                )
 
     def _require_complete(self) -> None:
         tied = bool(getattr(self.architecture.config, "tie_word_embeddings", False))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 
+from marlin_gptq.checkpoint import CheckpointWarning
 from marlin_gptq.conversion.linears import StoredLinear, exact_cast, with_scales
 from marlin_gptq.conversion.source import Source
 from marlin_gptq.errors import CheckpointError
@@ -37,8 +39,12 @@ def survey(source: Source) -> Survey:
     fits = {torch.float16: True, torch.bfloat16: True}
     first_stored: torch.dtype | None = None
     awkward = ""
+    wrapped = 0
     for name in source.linears:
         linear = source.linear(name, with_codes=False)
+        zeros = linear.weight.zeros
+        if source.layout.format == "gptq" and source.layout.version == 1 and zeros is not None:
+            wrapped += int((zeros == 0).sum())
         symmetric &= linear.weight.zeros is None
         if linear.input_order is not None:
             reordered.append(name)
@@ -48,6 +54,13 @@ def survey(source: Source) -> Survey:
             if fits[dtype] and exact_cast(scales, dtype) is None:
                 fits[dtype] = False
                 awkward = name
+    if wrapped:
+        warnings.warn(
+            f"{source.path}: {wrapped} zero points are stored as 15 in version 1, which programs read as 0 or as 16; "
+            "they are read as 0; compare with the model it was made from (marlin-inspect DIR --verify MODEL)",
+            CheckpointWarning,
+            stacklevel=2,
+        )
     candidates = [wanted, first_stored, torch.float16, torch.bfloat16]
     for candidate in candidates:
         if candidate is not None and fits.get(candidate):

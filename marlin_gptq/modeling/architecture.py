@@ -10,7 +10,7 @@ from torch import nn
 
 from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import InputError, QuantizationError
-from marlin_gptq.model_directory import read_json
+from marlin_gptq.model_directory import OLD_SETTINGS, holds_file, read_json, require_no_adapter
 from marlin_gptq.modeling.experts import routing_modules, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.quantization.weight import columns_per_group
@@ -25,6 +25,7 @@ def read_config(model_dir: Path) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     raw = read_json(model_dir / "config.json")
+    require_no_adapter(model_dir)
     if raw.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise InputError(
             f"{model_dir}: model_type {raw.get('model_type')!r} is not a causal language model that this version of "
@@ -51,6 +52,10 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
 def require_full_precision(model_dir: Path, config: Any) -> None:
     """InputError if the model is quantized already, by us or anybody else."""
     settings = quantization_settings(config)
+    if settings is None:
+        settings = next(
+            ({"quant_method": own} for name, own in OLD_SETTINGS.items() if holds_file(model_dir, name)), None
+        )
     if settings is not None:
         method = settings.get("quant_method", "an unnamed method")
         method = "marlin-gptq" if method == QUANT_METHOD else method
