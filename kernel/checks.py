@@ -45,6 +45,7 @@ def check_gemm(
         raise TypeError(message) if qzeros.dtype != torch.int32 else ValueError(f"{message} (group_size {group_size})")
 
     check_places(a, k, (("qweight", qweight), ("scales", scales), ("bias", bias), ("qzeros", qzeros)))
+    refuse_gradients("gemm", a, scales, bias)
     return n, k
 
 
@@ -78,3 +79,21 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {dtype_name(tensor.dtype)}"
+
+
+def wants_gradient(a: Tensor, scales: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether gradients are on and a or bias requires one; ValueError where the scales do."""
+    if not torch.is_grad_enabled():
+        return False
+    if scales is not None and scales.requires_grad:
+        raise ValueError("scales: got a tensor that requires a gradient, but a 4-bit weight has none; detach it")
+    return a.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def refuse_gradients(name: str, a: Tensor, scales: Tensor | None, bias: Tensor | None) -> None:
+    """RuntimeError where gradients are wanted of the op itself: torch would go on, and give wrong ones."""
+    if wants_gradient(a, scales, bias):
+        raise RuntimeError(
+            f"torch.ops.marlin_gptq.{name} has no gradient of its own: call marlin_gptq.kernel.{name}, which has, "
+            "or call it under torch.no_grad()"
+        )
