@@ -225,6 +225,8 @@ def _quantize(
         with display.counting(f"writing {to}") as counting:
             done = convert_staged(output, to, shard_size=shard_bytes, overwrite=overwrite, progress=counting)
         report = replace(report, output=output, bytes_after=done.bytes_after)
+    if report.small_share:
+        display.say(f"warning: {report.small_share}")
     if as_json:
         click.echo(json.dumps({"model": model, "format": to} | report.to_dict()))
     else:

@@ -44,6 +44,7 @@ from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.report import ProgressEvent, QuantizeReport
 from marlin_gptq.requirements import (
     has_experts,
+    left_in_16_bits,
     linears_of,
     output_bytes,
     require_combination,
@@ -179,6 +180,7 @@ def quantize_model(
                 len(unknown),
                 unknown[0],
             )
+        share, left = left_in_16_bits(stream, linears, config)
         seconds = costs.rest("other", started)
         report = QuantizeReport(
             output=output,
@@ -196,6 +198,8 @@ def quantize_model(
             records=run.records,
             tuned_blocks=run.tuned,
             inner_loops=loops,
+            quantized_share=share,
+            left=left,
         )
         if writer is not None:
             write_companions(writer, model_dir, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,28 @@ def linear_names(block: nn.Module, prefix: str) -> list[str]:
     routing = routing_modules(block)
     named = block.named_modules()
     return [f"{prefix}.{name}" for name, module in named if isinstance(module, nn.Linear) and name not in routing]
+
+
+def known_names(model: nn.Module, prefix: str, blocks: Iterable[nn.Module]) -> tuple[list[str], list[str]]:
+    """What a pattern of the settings may mean: (linears of the blocks, other parameters of the model), by full name.
+
+    blocks: those of the list called `prefix`, which need not be in the model.
+    """
+    linears: list[str] = []
+    others: list[str] = []
+    inside: set[int] = set()
+    for index, block in enumerate(blocks):
+        own = linear_names(block, f"{prefix}.{index}")
+        linears += own
+        of_linears = set(own)
+        for name, parameter in block.named_parameters():
+            inside.add(id(parameter))
+            full = f"{prefix}.{index}.{name}"
+            if full.rpartition(".")[0] not in of_linears:
+                others.append(full)
+    outer = model.named_parameters(remove_duplicate=False)
+    others += [name for name, parameter in outer if id(parameter) not in inside]
+    return linears, others + [name.removesuffix(".weight") for name in others]
 
 
 def require_divisible(linears: dict[str, nn.Linear], settings: int | QuantizationConfig) -> None:
