@@ -110,7 +110,9 @@ class BlockSolver:
         usable = {name: torch.isfinite(output).all() for name, output in self.outputs.items()}
         if usable and not bool(torch.stack(list(usable.values())).all()):
             broken = ", ".join(name for name, is_usable in usable.items() if not is_usable)
-            raise QuantizationError(f"{broken}: the gradients of its outputs hold NaN or Inf; use --no-two-sided")
+            or_else = " or, where activations pass its range, --dtype bfloat16"
+            hint = f"use --no-two-sided{or_else if self.run.target == torch.float16 else ''}"
+            raise QuantizationError(f"{broken}: the gradients of its outputs hold NaN or Inf; {hint}")
 
     def _begin_stages(self, in_order: list[Groups]) -> None:
         """From here on each pass goes on from the one before, where there is memory for what that keeps.

@@ -137,6 +137,12 @@ class GroupSolver:
         )
         return weight, quantized, prepared.damp_percent
 
+    def _overflow_hint(self) -> str:
+        """What to do about NaN and Inf among activations."""
+        if self.target == torch.float16:
+            return "activations before it pass the range of float16: use --dtype bfloat16"
+        return "the full-precision model gives no numbers for this calibration text: use another, or another model"
+
     def _warn_of_small(self, name: str, weight: Tensor) -> None:
         columns = columns_per_group(weight.shape[1], self.config.group_size_of(name))
         share = share_too_small(weight, columns, self.target)
@@ -172,7 +178,7 @@ class GroupSolver:
         except NotPositiveDefinite as error:
             raise QuantizationError(f"{names[0]}: {error}; use more or other calibration text") from error
         except ValueError as error:
-            raise QuantizationError(f"{names[0]}: {error}; try --dtype bfloat16") from error
+            raise QuantizationError(f"{names[0]}: {error}; {self._overflow_hint()}") from error
         if prepared.damp_percent != self.config.damp_percent:
             logger.warning(
                 "%s: the Hessian was not positive definite, damping raised from %g to %g",

@@ -15,7 +15,7 @@ from marlin_gptq.costs import Costs
 from marlin_gptq.distributed import Team
 from marlin_gptq.job import Plan
 from marlin_gptq.modeling.activations import Activations
-from marlin_gptq.modeling.architecture import require_finite
+from marlin_gptq.modeling.architecture import require_finite, warn_if_lost
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.output_gradients import OutputGradients
 from marlin_gptq.modeling.packed import Packed
@@ -67,6 +67,7 @@ class RunState:
         cast = tensor.to(self.target)
         if cast.dtype != tensor.dtype:
             require_finite(name, cast, f"they overflow {self.target}; use --dtype bfloat16")
+            warn_if_lost(name, tensor, cast)
         return cast
 
     def advance_full(self, index: int, samples: Packed | Staged | None) -> None:

@@ -119,7 +119,7 @@ def test_damping_is_raised_until_it_factors_then_refused() -> None:
     with pytest.raises(NotPositiveDefinite, match=r"not positive definite even with damping 0\.01, 0\.1, 1, 10"):
         factor(hopeless, 0.01)
     hessian[3, 4] = torch.nan
-    with pytest.raises(ValueError, match="the Hessian holds NaN or Inf"):
+    with pytest.raises(ValueError, match="its inputs in the calibration hold NaN or Inf"):
         factor(hessian, 0.01)
 
 

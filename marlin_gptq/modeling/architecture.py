@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from marlin_gptq.modeling.experts import routing_modules, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.quantization.weight import columns_per_group
 
+logger = logging.getLogger(__name__)
 _FINITE_AT_ONCE = 1 << 24
 
 
@@ -189,3 +191,10 @@ def require_finite(name: str, tensor: torch.Tensor, hint: str) -> None:
     if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
         bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
         raise QuantizationError(f"{name}: {bad} of {tensor.numel()} values are NaN or Inf; {hint}")
+
+
+def warn_if_lost(name: str, tensor: torch.Tensor, cast: torch.Tensor) -> None:
+    """Log where a tensor became nothing but zeros in the dtype of `cast`."""
+    if not bool(cast.any()) and bool(tensor.any()):
+        dtype = str(cast.dtype).removeprefix("torch.")
+        logger.warning("%s: all its values are too small for %s and become 0; use --dtype bfloat16", name, dtype)
