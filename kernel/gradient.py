@@ -33,7 +33,7 @@ class Gemm(torch.autograd.Function):
         ctx.save_for_backward(qweight, scales, qzeros)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         by_a, _, _, by_bias, _, _ = ctx.needs_input_grad
         return (
             input_gradient(gradient, *ctx.saved_tensors) if by_a else None,
@@ -60,12 +60,13 @@ class GemmBlocked(torch.autograd.Function):
         ctx.settings = n, a.shape[1], group_size, asymmetric
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         by_a, _, _, by_bias, _, _, _ = ctx.needs_input_grad
         found = None
         if by_a:
             blocks, natural = ctx.saved_tensors
-            qweight, inside, qzeros = from_blocks(blocks, *ctx.settings, gradient.dtype)
+            n, k, group_size, asymmetric = ctx.settings
+            qweight, inside, qzeros = from_blocks(blocks, n, k, group_size, asymmetric, gradient.dtype)
             scales = inside if natural is None else stored_scales(natural)
             assert scales is not None
             found = input_gradient(gradient, qweight, scales, qzeros)

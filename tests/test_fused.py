@@ -211,6 +211,17 @@ def test_gradients_with_checkpointing(llama: Path, together: None) -> None:
     assert torch.equal(*found) and bool(found[0].any())
 
 
+def test_gradients_of_the_compiled_model(llama: Path, together: None) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    embedded, found = model.get_input_embeddings()(IDS).detach(), []
+    for one in (compiled, model):
+        inputs = embedded.clone().requires_grad_()
+        one(inputs_embeds=inputs, labels=IDS, use_cache=False).loss.backward()
+        found.append(inputs.grad.float())
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-2
+
+
 def layer(rows: int, columns: int, seed: int, *, bias: bool = False, group_size: int = 64) -> MarlinLinear:
     weight = rtn_quantize(random_weight(rows, columns, seed), group_size=group_size, scale_dtype=torch.float16)
     return MarlinLinear.from_quantized(weight, torch.ones(rows) if bias else None)

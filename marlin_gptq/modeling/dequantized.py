@@ -61,4 +61,4 @@ def _join_experts(model: nn.Module, separated: dict[str, Experts], trains: bool)
 
 def _projections(expert: Expert) -> list[Tensor]:
     """The weights of gate, up and down."""
-    return [expert.get_submodule(name).weight.detach() for name in expert.names]  # type: ignore[misc]
+    return [expert.get_parameter(f"{name}.weight").detach() for name in expert.names]
