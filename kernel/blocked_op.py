@@ -53,7 +53,7 @@ def gemm_blocked(
     float32. Gradients by a and bias are those of the dequantized weight; the weight has none. Raises TypeError (dtype)
     or ValueError (shape, stride, device, group size), naming the argument.
     """
-    if wants_gradient(a, scales, bias):
+    if torch.is_grad_enabled() and wants_gradient(a, scales, bias):
         return GemmBlocked.apply(a, blocks, scales, bias, n, group_size, asymmetric)
     return torch.ops.marlin_gptq.gemm_blocked(a, blocks, scales, bias, n, group_size, asymmetric)
 
@@ -84,7 +84,8 @@ def check_gemm_blocked(
         if tensor.shape != (n,):
             raise ValueError(message)
     check_places(a, k, (("blocks", blocks), ("scales", scales), ("bias", bias)))
-    refuse_gradients("gemm_blocked", a, scales, bias)
+    if torch.is_grad_enabled():
+        refuse_gradients("gemm_blocked", a, scales, bias)
     return k
 
 

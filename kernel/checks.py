@@ -45,7 +45,8 @@ def check_gemm(
         raise TypeError(message) if qzeros.dtype != torch.int32 else ValueError(f"{message} (group_size {group_size})")
 
     check_places(a, k, (("qweight", qweight), ("scales", scales), ("bias", bias), ("qzeros", qzeros)))
-    refuse_gradients("gemm", a, scales, bias)
+    if torch.is_grad_enabled():
+        refuse_gradients("gemm", a, scales, bias)
     return n, k
 
 
@@ -82,16 +83,17 @@ def _describe(tensor: Tensor) -> str:
 
 
 def wants_gradient(a: Tensor, scales: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether gradients are on and a or bias requires one; ValueError where the scales do."""
-    if not torch.is_grad_enabled():
-        return False
+    """Whether a or bias requires a gradient; ValueError where the scales do.
+
+    To be asked where gradients are enabled: decoding, where they are not, is spared the call.
+    """
     if scales is not None and scales.requires_grad:
         raise ValueError("scales: got a tensor that requires a gradient, but a 4-bit weight has none; detach it")
     return a.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def refuse_gradients(name: str, a: Tensor, scales: Tensor | None, bias: Tensor | None) -> None:
-    """RuntimeError where gradients are wanted of the op itself: torch would go on, and give wrong ones."""
+    """RuntimeError where gradients, which are enabled, are wanted of the op itself: torch would give wrong ones."""
     if wants_gradient(a, scales, bias):
         raise RuntimeError(
             f"torch.ops.marlin_gptq.{name} has no gradient of its own: call marlin_gptq.kernel.{name}, which has, "

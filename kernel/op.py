@@ -51,7 +51,7 @@ def gemm(
     float32. Gradients by a and bias are those of the dequantized weight; the weight has none. Raises TypeError (dtype)
     or ValueError (shape, stride, device, group size), naming the argument.
     """
-    if wants_gradient(a, scales, bias):
+    if torch.is_grad_enabled() and wants_gradient(a, scales, bias):
         return Gemm.apply(a, qweight, scales, bias, group_size, qzeros)
     return torch.ops.marlin_gptq.gemm(a, qweight, scales, bias, group_size, qzeros)
 
