@@ -19,7 +19,6 @@ from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.blocks import return_free_memory
 from marlin_gptq.modeling.install import install_block
 from marlin_gptq.modeling.output_gradients import output_gradients
-from marlin_gptq.modeling.overflow import within_float16
 from marlin_gptq.modeling.packed import Packed
 from marlin_gptq.modeling.staged import advance
 from marlin_gptq.report import BlockRecord, LinearRecord, ProgressEvent
@@ -111,8 +110,6 @@ class BlockRun(RunState):
             linears = {name: _linear(block, name.removeprefix(f"{prefix}.")) for name in names}
             digest = self._digest(hidden)
             samples = Packed(hidden, self._packs(index, hidden))
-            if self.target == torch.float16 != self.stream.dtype:
-                entered.enter_context(within_float16(block, prefix))
             solver: BlockSolver | None = None
             tensors = self._finished_before(index, block, linears, digest, samples.packs)
             if tensors is None:
@@ -127,7 +124,7 @@ class BlockRun(RunState):
                     with self.costs.measure("keep"):
                         self.work.put(step_name(index), digest, tensors, record)
             if index + 1 < self.stream.n_blocks:
-                with self.costs.measure("propagate"):
+                with self.costs.measure("propagate"), self.within_range(index):
                     advance(self.stream, index, samples if solver is None else solver.arriving)
             return tensors
 
