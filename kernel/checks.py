@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 GROUP_SIZES = (32, 64, 128)
 TILE_K = 16  # K and N come in multiples of a packed block
@@ -83,13 +84,13 @@ def _describe(tensor: Tensor) -> str:
 
 
 def wants_gradient(a: Tensor, scales: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether a or bias requires a gradient; ValueError where the scales do.
+    """Whether a or bias requires a gradient, or forward derivatives are taken; ValueError where the scales do.
 
     To be asked where gradients are enabled: decoding, where they are not, is spared the call.
     """
     if scales is not None and scales.requires_grad:
         raise ValueError("scales: got a tensor that requires a gradient, but a 4-bit weight has none; detach it")
-    return a.requires_grad or (bias is not None and bias.requires_grad)
+    return a.requires_grad or (bias is not None and bias.requires_grad) or forward_ad._current_level >= 0
 
 
 def refuse_gradients(name: str, a: Tensor, scales: Tensor | None, bias: Tensor | None) -> None:

@@ -110,6 +110,14 @@ def test_second_derivatives(product: Product) -> None:
     assert relative_error(second, expected) < 1e-2
 
 
+def test_other_derivatives_are_right_or_refused(product: Product) -> None:
+    a = activations(3, 256, FLOAT16, device="cpu")
+    (expected,) = torch.autograd.grad(product(b := a.clone().requires_grad_(), None).float().sum(), b)
+    assert torch.equal(torch.func.grad(lambda x: product(x, None).float().sum())(a), expected)
+    with pytest.raises(NotImplementedError, match="forward mode AD"):
+        torch.func.jvp(lambda x: product(x, None), (a,), (torch.ones_like(a),))
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_torch_compile(product: Product, backend: str) -> None:
     check_compiled(product, backend, "cpu")
