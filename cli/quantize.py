@@ -237,6 +237,8 @@ def _quantize(
             report = replace(report, output=output, bytes_after=done.bytes_after)
     if not team.leads:
         return
+    if report.small_share:
+        display.say(f"warning: {report.small_share}")
     if as_json:
         click.echo(json.dumps({"model": model, "format": to} | report.to_dict()))
     else:

@@ -16,7 +16,7 @@ def summary(report: Any, to: str = "marlin") -> str:
     ]
     if report.worst is not None:
         lines += [
-            f"linears    {len(report.records)}",
+            f"linears    {len(report.records)}, {100 * report.quantized_share:.1f} % of the weights in the blocks",
             f"error      mean {report.mean_relative_error:.5f}, worst {report.worst.relative_error:.5f} "
             f"({report.worst.name})",
         ]

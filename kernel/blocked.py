@@ -120,8 +120,10 @@ def from_blocks(
         # n_hi, k_hi, row, n6, n5, n4, n20, n3
         fields = values.reshape(n_blocks, k_blocks, max(rows, 1), 2, 2, 2, 8, 2)
         nibbles = fields.permute(1, 2, 0, 3, 6, 7, 4, 5).reshape(-1, n_blocks * BLOCK // 8, 4, 2)
-        octets = nibbles[..., 0] | (nibbles[..., 1] << 4)
-        qzeros = octets.contiguous().view(torch.int32).squeeze(-1)[:groups, : n // 8].contiguous()
+        # By shifts, for torch.compile views bytes as words only where it happens to lay them out so (seen in 2.11).
+        octets = (nibbles[..., 0] | (nibbles[..., 1] << 4)).to(torch.int32)
+        words = octets[..., 0] | (octets[..., 1] << 8) | (octets[..., 2] << 16) | (octets[..., 3] << 24)
+        qzeros = words[:groups, : n // 8].contiguous()
     return qweight, scales, qzeros
 
 

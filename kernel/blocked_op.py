@@ -10,8 +10,9 @@ from torch import Tensor
 
 from marlin_gptq.kernel import library, op
 from marlin_gptq.kernel.blocked import check_blocks, from_blocks, stored_scales
-from marlin_gptq.kernel.checks import TILE_K, check_places, dtype_name
+from marlin_gptq.kernel.checks import TILE_K, check_places, dtype_name, refuse_gradients, wants_gradient
 from marlin_gptq.kernel.decode_blocks import decode_blocks
+from marlin_gptq.kernel.gradient import GemmBlocked
 from marlin_gptq.kernel.reference import dequantize
 
 CAPABILITY = (9, 0)
@@ -49,8 +50,11 @@ def gemm_blocked(
     GPUs of compute capability 9.0 run a kernel on the current stream: sums in FP32, the same bits for the same
     inputs. With one scale per column, and with groups of 128 up to 32 tokens, scales multiply FP32 sums; otherwise
     each weight is rounded to the dtype of a first, as a dense weight would be. Elsewhere plain torch computes in
-    float32. Raises TypeError (dtype) or ValueError (shape, stride, device, group size), naming the argument.
+    float32. Gradients by a and bias are those of the dequantized weight; the weight has none. Raises TypeError (dtype)
+    or ValueError (shape, stride, device, group size), naming the argument.
     """
+    if torch.is_grad_enabled() and wants_gradient(a, scales, bias):
+        return GemmBlocked.apply(a, blocks, scales, bias, n, group_size, asymmetric)
     return torch.ops.marlin_gptq.gemm_blocked(a, blocks, scales, bias, n, group_size, asymmetric)
 
 
@@ -80,6 +84,8 @@ def check_gemm_blocked(
         if tensor.shape != (n,):
             raise ValueError(message)
     check_places(a, k, (("blocks", blocks), ("scales", scales), ("bias", bias)))
+    if torch.is_grad_enabled():
+        refuse_gradients("gemm_blocked", a, scales, bias)
     return k
 
 

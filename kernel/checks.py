@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 GROUP_SIZES = (32, 64, 128)
 TILE_K = 16  # K and N come in multiples of a packed block
@@ -45,6 +46,8 @@ def check_gemm(
         raise TypeError(message) if qzeros.dtype != torch.int32 else ValueError(f"{message} (group_size {group_size})")
 
     check_places(a, k, (("qweight", qweight), ("scales", scales), ("bias", bias), ("qzeros", qzeros)))
+    if torch.is_grad_enabled():
+        refuse_gradients("gemm", a, scales, bias)
     return n, k
 
 
@@ -78,3 +81,22 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {dtype_name(tensor.dtype)}"
+
+
+def wants_gradient(a: Tensor, scales: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a or bias requires a gradient, or forward derivatives are taken; ValueError where the scales do.
+
+    To be asked where gradients are enabled: decoding, where they are not, is spared the call.
+    """
+    if scales is not None and scales.requires_grad:
+        raise ValueError("scales: got a tensor that requires a gradient, but a 4-bit weight has none; detach it")
+    return a.requires_grad or (bias is not None and bias.requires_grad) or forward_ad._current_level >= 0
+
+
+def refuse_gradients(name: str, a: Tensor, scales: Tensor | None, bias: Tensor | None) -> None:
+    """RuntimeError where gradients, which are enabled, are wanted of the op itself: torch would give wrong ones."""
+    if wants_gradient(a, scales, bias):
+        raise RuntimeError(
+            f"torch.ops.marlin_gptq.{name} has no gradient of its own: call marlin_gptq.kernel.{name}, which has, "
+            "or call it under torch.no_grad()"
+        )

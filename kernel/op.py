@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from marlin_gptq.kernel import library
-from marlin_gptq.kernel.checks import check_gemm
+from marlin_gptq.kernel.checks import check_gemm, wants_gradient
+from marlin_gptq.kernel.gradient import Gemm
 from marlin_gptq.kernel.reference import gemm_reference
 
 MIN_CAPABILITY = (8, 0)
@@ -47,8 +48,11 @@ def gemm(
 
     On CUDA the kernel runs on the current stream, sums in FP32 and gives the same bits for the same inputs.
     On other devices, and on a GPU without a kernel (said once, as a RuntimeWarning), plain torch computes in
-    float32. Raises TypeError (dtype) or ValueError (shape, stride, device, group size), naming the argument.
+    float32. Gradients by a and bias are those of the dequantized weight; the weight has none. Raises TypeError (dtype)
+    or ValueError (shape, stride, device, group size), naming the argument.
     """
+    if torch.is_grad_enabled() and wants_gradient(a, scales, bias):
+        return Gemm.apply(a, qweight, scales, bias, group_size, qzeros)
     return torch.ops.marlin_gptq.gemm(a, qweight, scales, bias, group_size, qzeros)
 
 

@@ -19,6 +19,7 @@ try:
     from marlin_gptq.errors import CheckpointError, InputError, MarlinGPTQError, QuantizationError
     from marlin_gptq.modeling.fused import fuse_projections, split_projections
     from marlin_gptq.modeling.linear import MarlinLinear
+    from marlin_gptq.modeling.lora import add_lora
     from marlin_gptq.pipeline import quantize_model
 finally:
     if _collecting:
@@ -33,6 +34,7 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationError",
     "__version__",
+    "add_lora",
     "convert_checkpoint",
     "fuse_projections",
     "load",

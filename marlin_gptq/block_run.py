@@ -124,7 +124,7 @@ class BlockRun(RunState):
                     with self.costs.measure("keep"):
                         self.work.put(step_name(index), digest, tensors, record)
             if index + 1 < self.stream.n_blocks:
-                with self.costs.measure("propagate"):
+                with self.costs.measure("propagate"), self.within_range(index):
                     advance(self.stream, index, samples if solver is None else solver.arriving)
             return tensors
 

@@ -84,6 +84,16 @@ class BlockSolver:
         run.report("calibrate", self.index, None, None)
         if run.full is not None or config.tunes_blocks:
             self.originals = {name: linear.weight.data for name, linear in self.linears.items()}
+        with run.within_range(self.index):
+            self._calibrate_and_solve()
+        if config.tunes_blocks and self.linears:
+            self.arriving = self.samples  # what else was kept is of the block as it is now, and takes memory
+            self._tune()
+        return self._tensors()
+
+    def _calibrate_and_solve(self) -> None:
+        """Stage by stage, the block's linears; then the full-precision stream, if there is one, goes on."""
+        run, config = self.run, self.run.config
         if config.method == "rtn":
             self._solve([[name] for name in self.linears], Calibrated({}))
         elif self.linears:
@@ -101,16 +111,14 @@ class BlockSolver:
             self.outputs.clear()
         with full_precision({name: self.linears[name] for name in self.originals}, self.originals):
             run.advance_full(self.index, self.exact)
-        if config.tunes_blocks and self.linears:
-            self.arriving = self.samples  # what else was kept is of the block as it is now, and takes memory
-            self._tune()
-        return self._tensors()
 
     def _require_numbers(self) -> None:
         usable = {name: torch.isfinite(output).all() for name, output in self.outputs.items()}
         if usable and not bool(torch.stack(list(usable.values())).all()):
             broken = ", ".join(name for name, is_usable in usable.items() if not is_usable)
-            raise QuantizationError(f"{broken}: the gradients of its outputs hold NaN or Inf; use --no-two-sided")
+            or_else = " or, where activations pass its range, --dtype bfloat16"
+            hint = f"use --no-two-sided{or_else if self.run.target == torch.float16 else ''}"
+            raise QuantizationError(f"{broken}: the gradients of its outputs hold NaN or Inf; {hint}")
 
     def _begin_stages(self, in_order: list[Groups]) -> None:
         """From here on each pass goes on from the one before, where there is memory for what that keeps.

@@ -17,12 +17,15 @@ from marlin_gptq.modeling.architecture import require_finite
 from marlin_gptq.modeling.blocks import return_free_memory
 from marlin_gptq.modeling.observe import Calibrated, Groups
 from marlin_gptq.quantization.gptq import rtn_quantize
+from marlin_gptq.quantization.grid import share_too_small
 from marlin_gptq.quantization.hessian import Cross, NotPositiveDefinite, relative_error
 from marlin_gptq.quantization.solve import Prepared, prepare, solve
-from marlin_gptq.quantization.weight import QuantizedWeight
+from marlin_gptq.quantization.weight import QuantizedWeight, columns_per_group
 from marlin_gptq.report import LinearRecord, linear_record
 
 logger = logging.getLogger(__name__)
+# Share of a weight's squares that may lie in groups too small for their scales before a run says so.
+TOO_SMALL = 0.01
 Solved = tuple[dict[str, QuantizedWeight], list[LinearRecord]]
 
 
@@ -105,6 +108,7 @@ class GroupSolver:
                 part = answer.quantized.rows(rows.start, rows.stop)
                 with self.costs.measure("judge"):
                     error = relative_error(weight[rows], part.dequantize(), answer.hessian)
+                    self._warn_of_small(name, weight[rows])
                 share = seconds * (rows.stop - rows.start) / len(weight)
                 tokens = self.calibrated.tokens.get(answers[0].names[0], 0)
                 parts[name] = part
@@ -133,6 +137,25 @@ class GroupSolver:
         )
         return weight, quantized, prepared.damp_percent
 
+    def _overflow_hint(self) -> str:
+        """What to do about NaN and Inf among activations."""
+        if self.target == torch.float16:
+            return "activations before it pass the range of float16: use --dtype bfloat16"
+        return "the full-precision model gives no numbers for this calibration text: use another, or another model"
+
+    def _warn_of_small(self, name: str, weight: Tensor) -> None:
+        columns = columns_per_group(weight.shape[1], self.config.group_size_of(name))
+        share = share_too_small(weight, columns, self.target)
+        if share > TOO_SMALL:
+            dtype = str(self.target).removeprefix("torch.")
+            logger.warning(
+                "%s: %.0f %% of its weight lies in groups that are too small for scales of %s, which lose it in part; "
+                "use --dtype bfloat16",
+                name,
+                100 * share,
+                dtype,
+            )
+
     def _of_one_group_size(self, group: list[str]) -> list[list[str]]:
         sizes = dict.fromkeys(map(self.config.group_size_of, group))
         return [[name for name in group if self.config.group_size_of(name) == size] for size in sizes]
@@ -155,7 +178,7 @@ class GroupSolver:
         except NotPositiveDefinite as error:
             raise QuantizationError(f"{names[0]}: {error}; use more or other calibration text") from error
         except ValueError as error:
-            raise QuantizationError(f"{names[0]}: {error}; try --dtype bfloat16") from error
+            raise QuantizationError(f"{names[0]}: {error}; {self._overflow_hint()}") from error
         if prepared.damp_percent != self.config.damp_percent:
             logger.warning(
                 "%s: the Hessian was not positive definite, damping raised from %g to %g",

@@ -60,6 +60,7 @@ def model_card(report: QuantizeReport) -> str:
     rows += [
         ("size of the weights", f"{report.bytes_before / 1e6:.1f} MB → {report.bytes_after / 1e6:.1f} MB"),
         ("linears quantized", str(len(report.records))),
+        ("share of the blocks' weights", f"{100 * report.quantized_share:.1f} %"),
         ("mean relative error", f"{report.mean_relative_error:.5f}"),
     ]
     if report.worst is not None:
@@ -67,6 +68,7 @@ def model_card(report: QuantizeReport) -> str:
     if report.tuning is not None:
         tuning = report.tuning
         rows.append(("KL before and after the tuning, nats", f"{tuning['kl_before']:.5f}, {tuning['kl_after']:.5f}"))
+    rows += [("not quantized", ", ".join(report.left).replace("|", "\\|"))] if report.left else []
     rows.append(("time", f"{report.seconds:.1f} s on {report.device}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     measure = "squared output error over squared output on the calibration text"

@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,16 @@ def read_overrides(path: Path) -> tuple[Override, ...]:
     return tuple(_override(path, match, settings) for match, settings in content.items())
 
 
-def require_matches(config: QuantizationConfig, names: Iterable[str]) -> None:
-    """InputError for the first override that decides about none of these linears: a slip of the pen, surely."""
-    names = list(names)
+def require_matches(config: QuantizationConfig, names: Sequence[str], others: Sequence[str]) -> None:
+    """InputError for the first override or `skip` that matches nothing: a slip of the pen, surely.
+
+    names   linears of the decoder blocks, by full name; an override must decide about one of them.
+    others  what else has a name in the model: `skip` may name it as well, for it stays in full precision anyway.
+    """
+    for pattern in config.skip:
+        if not any(re.search(pattern, name) for name in (*names, *others)):
+            example = f"; a linear of this model is called {names[0]}" if names else ""
+            raise InputError(f"skip: {pattern!r} matches no linear of the decoder blocks{example}")
     deciding = {config.override(name) for name in names}
     for rule in config.overrides:
         if rule not in deciding:

@@ -46,6 +46,7 @@ from marlin_gptq.report import ProgressEvent, QuantizeReport
 from marlin_gptq.requirements import (
     carried_tensors,
     has_experts,
+    left_in_16_bits,
     linears_of,
     output_bytes,
     require_combination,
@@ -183,6 +184,7 @@ def quantize_model(
         if writer is not None:
             with costs.measure("write"):
                 writer.drain()
+        share, left = left_in_16_bits(stream, linears, config)
         seconds = costs.rest("other", started)
         report = QuantizeReport(
             output=output,
@@ -200,6 +202,8 @@ def quantize_model(
             records=run.records,
             tuned_blocks=run.tuned,
             inner_loops=loops,
+            quantized_share=share,
+            left=left,
         )
         if writer is not None:
             write_companions(writer, model_dir, report)

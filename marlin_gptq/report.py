@@ -79,6 +79,7 @@ class QuantizeReport:
     """The result, as it stands in quantize_log.json.
 
     inner_loops  what GPTQ's inner loops ran in: "torch", "triton" and its version for the fused GPU kernels, or both.
+    quantized_share  of the weights in the blocks' matrices; left are the others: how many of which, and why.
     """
 
     output: Path
@@ -97,6 +98,19 @@ class QuantizeReport:
     records: list[LinearRecord] = field(default_factory=list)
     tuned_blocks: list[BlockRecord] = field(default_factory=list)
     inner_loops: str = "torch"
+    quantized_share: float = 1.0
+    left: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def small_share(self) -> str:
+        """A sentence where less than half of the blocks' weights is quantized, else nothing."""
+        if self.quantized_share >= 0.5:
+            return ""
+        most = sorted(self.left, key=lambda name: -self.left[name])
+        return (
+            f"only {100 * self.quantized_share:.0f} % of the weights in the decoder blocks are quantized; "
+            "in 16 bits stay " + ", ".join(most[:6]) + (f" and {len(most) - 6} more" if len(most) > 6 else "")
+        )
 
     @property
     def mean_relative_error(self) -> float:

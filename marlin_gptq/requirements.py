@@ -19,7 +19,7 @@ from marlin_gptq.job import Job, Plan
 from marlin_gptq.memory_plan import tuning_within
 from marlin_gptq.modeling.architecture import (
     block_linears,
-    linear_names,
+    known_names,
     read_config,
     require_divisible,
     require_full_precision,
@@ -225,8 +225,8 @@ def linears_of(stream: BlockStream, config: QuantizationConfig) -> list[dict[str
     for index in range(stream.n_blocks):
         linears.append(block_linears(stream.block_module(index), stream.block_name(index), config))
         require_divisible(linears[-1], config)
-    blocks = [(stream.block_module(index), stream.block_name(index)) for index in range(stream.n_blocks)]
-    require_matches(config, [name for block in blocks for name in linear_names(*block)])
+    blocks = [stream.block_module(index) for index in range(stream.n_blocks)]
+    require_matches(config, *known_names(stream.model, stream.prefix, blocks))
     if not any(linears):
         patterns = [*config.skip, *(rule.match for rule in config.overrides if rule.bits == 16)]
         raise InputError(f"skip: {', '.join(patterns)} leaves no linear to quantize")
@@ -253,6 +253,40 @@ def carried_tensors(stream: BlockStream, linears: list[dict[str, nn.Linear]]) ->
                 f"into the weight, or --skip '{re.escape(owner)}'"
             )
     return carried
+
+
+def left_in_16_bits(
+    stream: BlockStream, linears: list[dict[str, nn.Linear]], config: QuantizationConfig
+) -> tuple[float, dict[str, int]]:
+    """(share of the weights in the blocks' matrices that is quantized, number of the others by name and reason).
+
+    Names are those within a block, the numbers of experts left out.
+    """
+    left: dict[str, int] = {}
+    quantized = 0
+    for index, chosen in enumerate(linears):
+        for name, parameter in stream.block_module(index).named_parameters():
+            full = f"{stream.block_name(index)}.{name}"
+            module = full.removesuffix(".weight")
+            if parameter.dim() < 2:
+                continue
+            if module in chosen:
+                quantized += parameter.numel()
+                continue
+            own = re.sub(r"\.\d+(?=\.|$)", "", name.removesuffix(".weight"))
+            entry = f"{own} ({_reason(module, full, config)})"
+            left[entry] = left.get(entry, 0) + parameter.numel()
+    return quantized / (quantized + sum(left.values())), left
+
+
+def _reason(module: str, parameter: str, config: QuantizationConfig) -> str:
+    """Why a matrix stays in 16 bits."""
+    for name in (module, parameter):
+        if pattern := next((pattern for pattern in config.skip if re.search(pattern, name)), None):
+            return f"--skip {pattern}"
+        if (rule := config.override(name)) is not None and rule.bits == 16:
+            return f"--config {rule.match}"
+    return "never quantized"
 
 
 def has_experts(stream: BlockStream) -> bool:

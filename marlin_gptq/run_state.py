@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from marlin_gptq.costs import Costs
 from marlin_gptq.distributed import Team
 from marlin_gptq.job import Plan
 from marlin_gptq.modeling.activations import Activations
-from marlin_gptq.modeling.architecture import require_finite
+from marlin_gptq.modeling.architecture import require_finite, warn_if_lost
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.output_gradients import OutputGradients
+from marlin_gptq.modeling.overflow import within_float16
 from marlin_gptq.modeling.packed import Packed
 from marlin_gptq.modeling.staged import Staged, advance
 from marlin_gptq.report import BlockRecord, LinearRecord, ProgressEvent
@@ -67,7 +69,17 @@ class RunState:
         cast = tensor.to(self.target)
         if cast.dtype != tensor.dtype:
             require_finite(name, cast, f"they overflow {self.target}; use --dtype bfloat16")
+            warn_if_lost(name, tensor, cast)
         return cast
+
+    def within_range(self, index: int) -> AbstractContextManager[None]:
+        """Inside, QuantizationError where block `index` gets or gives what a result in float16 cannot hold.
+
+        Needed where it runs in a wider dtype. Not for tuning, whose attempts may go astray and be thrown away.
+        """
+        if self.target != torch.float16 or self.stream.dtype == self.target:
+            return nullcontext()
+        return within_float16(self.stream.block_module(index), self.stream.block_name(index))
 
     def advance_full(self, index: int, samples: Packed | Staged | None) -> None:
         """The full-precision stream, if there is one, through block `index`, which must have its own weights now."""

@@ -65,6 +65,9 @@ def test_a_whole_run(model_dir: Path, texts: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert (output / "config.json").is_file() and (output / "tokenizer.json").is_file()
     assert f"written    {output}" in result.stdout
+    assert (
+        "linears    14, 100.0 % of the weights in the blocks" in result.stdout and "are quantized" not in result.stderr
+    )
     assert "kB ->" in result.stdout and "error      mean 0.0" in result.stdout
     assert f"marlin-eval perplexity {output}" in result.stdout
     assert re.search(r"^stages     start \d+\.\d, .*: \d+\.\d s in all$", result.stdout, flags=re.MULTILINE)
@@ -103,6 +106,13 @@ def test_json_is_one_object_on_stdout(model_dir: Path, texts: str, tmp_path: Pat
     assert report["config"]["group_size"] == 32 and report["config"]["damp_percent"] == 0.05
     assert report["config"]["clip"] is False and report["config"]["skip"] == ["mlp"]
     assert len(report["records"]) == 8
+    names = [f"mlp.{own} (--skip mlp)" for own in ("gate_proj", "up_proj", "down_proj")]
+    assert list(report["left"]) == names and 0 < report["quantized_share"] < 0.5
+    percent = f"{100 * report['quantized_share']:.0f}"
+    line = f"warning: only {percent} % of the weights in the decoder blocks are quantized; in 16 bits stay "
+    assert line + ", ".join(names) in result.stderr.splitlines()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| not quantized | {', '.join(names)} |" in card
     calibration = report["calibration"]
     assert calibration.pop("tokens") > 0
     assert calibration == {"dataset": texts, "n_samples": 3, "seq_len": 99, "seed": 7, "special_tokens": False}

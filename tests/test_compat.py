@@ -54,6 +54,12 @@ def test_mul_and_layer(m: int, groupsize: int) -> None:
     assert layer(A[:0]).shape == (0, N)
 
 
+def test_gradients_pass_through_a_layer() -> None:
+    A, weight, scales = problem(3, 128)
+    (found,) = torch.autograd.grad(layer_of(weight, scales, 128)(A.requires_grad_()).float().sum(), A)
+    assert relative(found, torch.ones(3, N) @ weight.float().t()) < 1e-3
+
+
 def test_one_group_of_128_is_the_whole_row() -> None:
     A, weight, scales = problem(3, 128, k=128, n=256)
     assert relative(layer_of(weight, scales, 128)(A), A.float() @ weight.float()) < 1e-3

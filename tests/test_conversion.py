@@ -33,12 +33,14 @@ def test_marlin_to_all_and_back(tmp_path: Path, group_size: int, dtype: torch.dt
         assert again["dtype"] == str(dtype).removeprefix("torch.")
 
 
-def test_negative_scales_keep_their_bits(tmp_path: Path) -> None:
+def test_negative_and_subnormal_scales_keep_their_bits(tmp_path: Path) -> None:
     marlin = quantized(tmp_path / "marlin")
     tensors = load_file(marlin / "model.safetensors")
     for name in [name for name in tensors if name.endswith(".scales")]:
         tensors[name][:, ::3] *= -1
+        tensors[name][:, 1::3] *= 2.0**-12
         tensors[name][0, :2] = torch.tensor([-0.0, 0.0])
+    assert 0 < abs(float(tensors[name][0, 4])) < torch.finfo(torch.float16).tiny
     save_file(tensors, marlin / "model.safetensors", metadata={"format": "pt"})
     for to in FORMATS:
         back = TensorStore(convert(convert(marlin, to), "marlin"))

@@ -186,6 +186,42 @@ def test_compiled_without_a_break(llama: Path, together: None) -> None:
     assert torch.equal(compiled(IDS + 1, use_cache=False).logits, model(IDS + 1, use_cache=False).logits)
 
 
+def test_gradients_through_the_fused_layer(llama: Path, together: None) -> None:
+    model, plain = AutoModelForCausalLM.from_pretrained(llama), unfused(llama)
+    attention, parts = (m.model.layers[0].self_attn for m in (model, plain))
+    x = torch.randn(1, 5, 128, dtype=torch.float16, requires_grad=True)
+    expected = torch.autograd.grad(sum(getattr(parts, name)(x).float().sum() for name in FUSED["fused_qkv_proj"]), x)
+    with torch.no_grad():
+        attention.q_proj(x)  # what is held is without a graph
+    found = torch.autograd.grad(sum(getattr(attention, name)(x).float().sum() for name in FUSED["fused_qkv_proj"]), x)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    for _ in range(2):  # the second call must not go back through a graph that the first has freed
+        attention.q_proj(x).float().sum().backward()
+
+
+def test_gradients_with_checkpointing(llama: Path, together: None) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama).train()
+    model.enable_input_require_grads()
+    found = []
+    for _ in range(2):
+        model.get_input_embeddings().weight.grad = None
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+        found.append(model.get_input_embeddings().weight.grad)
+        model.gradient_checkpointing_enable()
+    assert torch.equal(*found) and bool(found[0].any())
+
+
+def test_gradients_of_the_compiled_model(llama: Path, together: None) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    embedded, found = model.get_input_embeddings()(IDS).detach(), []
+    for one in (compiled, model):
+        inputs = embedded.clone().requires_grad_()
+        one(inputs_embeds=inputs, labels=IDS, use_cache=False).loss.backward()
+        found.append(inputs.grad.float())
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-2
+
+
 def layer(rows: int, columns: int, seed: int, *, bias: bool = False, group_size: int = 64) -> MarlinLinear:
     weight = rtn_quantize(random_weight(rows, columns, seed), group_size=group_size, scale_dtype=torch.float16)
     return MarlinLinear.from_quantized(weight, torch.ones(rows) if bias else None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tritons_interpreter import INTERPRETED
 
 from marlin_gptq.config import QuantizationConfig
-from marlin_gptq.quantization import descent, fused, loops, refine, solve
+from marlin_gptq.quantization import descent, fused, grid, loops, refine, solve
 from marlin_gptq.quantization.gptq import rtn_quantize
 from marlin_gptq.quantization.hessian import damp
 from marlin_gptq.quantization.refine import descend_codes, refit_scales
@@ -89,6 +89,22 @@ def test_scales_are_refitted_as_by_the_twin(device: torch.device, width: int, ro
     assert float(same.float().mean()) > 0.96  # at most one, midway between two stored values
     torch.testing.assert_close(found[1].float(), found[0].float(), rtol=torch.finfo(dtype).eps, atol=0)
     torch.testing.assert_close(moves[1][:, same], moves[0][:, same], rtol=1e-6, atol=0)
+
+
+def test_small_weights_get_the_scales_and_codes_of_the_twin(device: torch.device) -> None:
+    """Subnormal scales, which a GPU must neither flush nor round otherwise."""
+    weight, hessian = random_weight(64, 64, seed=2).to(device) * 1e-4, damp(random_hessian(64, seed=1), 0.01).to(device)
+    start = rounded(weight, 64, HALF)
+    assert bool((start.scales.abs() < torch.finfo(HALF).tiny).all())
+    gradient = ((weight - start.dequantize()) @ hessian).t().contiguous()
+    codes, scales = start.codes.t().contiguous(), start.scales[:, 0].contiguous()
+    found = [torch.zeros_like(scales) for _ in range(2)]
+    for these, into in zip((descent, fused), found, strict=True):
+        these.refit_group(gradient, codes, scales, into, torch.empty_like(gradient), hessian)
+    assert bool((found[0] != scales).any()) and float((found[0] == found[1]).float().mean()) > 0.95
+    candidates = torch.stack([scales, 2 * scales, scales / 2], dim=1)
+    best = [these.best_scales(weight, torch.eye(64, device=device), candidates) for these in (grid, fused)]
+    assert bool((best[0].float() != 0).all()) and float((best[0] == best[1]).float().mean()) > 0.95
 
 
 def test_a_scale_without_curvature_stays(device: torch.device) -> None:

@@ -43,7 +43,7 @@ LAYERS = [
 ]
 PARTS = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}
 # Imported only inside functions: quantizing needs neither, and importing the library stays quick.
-LAZY = {"datasets", "lm_eval", "matplotlib"}
+LAZY = {"datasets", "lm_eval", "matplotlib", "peft"}
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 
 

@@ -93,6 +93,19 @@ def test_every_m(m: int, dtype: torch.dtype) -> None:
     assert relative_error(out, problem.exact(a)) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
+def test_subnormal_scales_are_exact(group_size: int, asymmetric: bool) -> None:
+    """Multiples of 2⁻²⁴ in float16: no kernel takes them for 0."""
+    problem = Problem(256, 320, group_size, FLOAT16, asymmetric)
+    problem.stored = (problem.stored.float() * 4096).round().mul(2.0**-24).half()
+    problem.blocks = blocked.to_blocks(problem.qweight, problem.stored, problem.zeros, group_size)
+    assert bool((problem.stored > 0).all()) and bool((problem.stored < torch.finfo(FLOAT16).tiny).all())
+    identity = torch.eye(256, device="cuda", dtype=FLOAT16)
+    for m in (1, 9, 17, 33, 65, 256):
+        assert torch.equal(problem.run(identity[:m]), problem.weight().t().half()[:m])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128])

@@ -119,6 +119,20 @@ def test_one_hot_rows_return_the_weight(k: int, n: int, group_size: int, dtype: 
         assert torch.equal(out[0], expected[row])
 
 
+@pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
+def test_subnormal_scales_are_exact(group_size: int) -> None:
+    """Multiples of 2⁻²⁴ in float16: no kernel takes them for 0."""
+    qweight, scales = packed_weight(256, 320, group_size, FLOAT16)
+    scales = (scales.float() * 4096).round().mul(2.0**-24).half()
+    assert bool((scales > 0).all()) and bool((scales < torch.finfo(FLOAT16).tiny).all())
+    identity = torch.eye(256, device="cuda", dtype=FLOAT16)
+    expected = dequantize(qweight, scales, group_size).t().half()
+    for m in (1, 9, 17, 33, 256):
+        assert torch.equal(gemm(identity[:m], qweight, scales, None, group_size), expected[:m])
+        portable = _gemm_with_grid(identity[:m], qweight, scales, None, group_size, 0, portable=True)
+        assert torch.equal(portable, expected[:m])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("m", [3, 12, 40])
 @pytest.mark.parametrize("group_size", [-1, 64])

@@ -33,6 +33,12 @@ def test_forward_against_float64(
     tolerance = {torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
     assert float((y.double() - expected).norm() / expected.norm()) < tolerance
 
+    by_y = torch.randn(2, 3, out_features, generator=generator).to(dtype)
+    (by_x,) = torch.autograd.grad(layer(x.requires_grad_()), x, by_y)
+    by_x_exact = by_y.double() @ quantized.dequantize().double()
+    assert float((by_x.double() - by_x_exact).norm() / by_x_exact.norm()) < tolerance
+
+    x = x.detach()
     exact = layer(x.float())
     assert exact.dtype == torch.float32
     torch.testing.assert_close(exact.double(), expected, rtol=1e-4, atol=1e-5)
@@ -49,6 +55,14 @@ def test_holding_the_dense_weight_changes_no_bit() -> None:
     assert layer.state_dict().keys() == {"qweight", "scales"}
     layer.hold_dense(False)
     assert layer._dense is None
+
+
+def test_gradients_come_back_in_the_order_of_the_inputs() -> None:
+    weight = rtn_quantize(random_weight(64, 128, 0), group_size=32, scale_dtype=torch.float16)
+    layer = MarlinLinear.from_quantized(weight, None, torch.randperm(128))
+    x, by_y = torch.randn(5, 128).half().requires_grad_(), torch.randn(5, 64).half()
+    (by_x,) = torch.autograd.grad(layer(x), x, by_y)
+    torch.testing.assert_close(by_x.float(), by_y.float() @ layer.dequantize(), rtol=2e-3, atol=2e-3)
 
 
 def test_padding_adds_nothing() -> None:

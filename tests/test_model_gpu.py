@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_samples, save_tiny_model, tiny_config
+from helpers import EXPERT_MODELS, random_samples, save_tiny_model, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -98,6 +98,27 @@ def test_the_kernel_refuses_another_dtype_by_name(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(output, device_map="cuda")
     with pytest.raises(TypeError, match=r"scales: got .* float16, expected .* bfloat16 \(the dtype of a\)"):
         model.model.layers[0].mlp.up_proj(torch.zeros(1, 128, dtype=torch.bfloat16, device=GPU))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"architecture": "mixtral"} | EXPERT_MODELS["mixtral"]])
+def test_gradients_by_the_inputs(tmp_path: Path, dtype: torch.dtype, changes: dict) -> None:
+    """Through fused projections, experts and the kernel, against float32 with the decoded weights."""
+    output = quantized(tmp_path, CPU, dtype=dtype, **changes)
+    model = AutoModelForCausalLM.from_pretrained(output, device_map="cuda")
+    plain = AutoModelForCausalLM.from_pretrained(output, device_map="cuda").dequantize(torch.float32)
+    ids = torch.randint(3, 96, (1, 40), device=GPU)
+    exact = plain.get_input_embeddings()(ids).detach()
+    found = []
+    for one in (model, plain):
+        inputs = exact.clone().requires_grad_()
+        one(inputs_embeds=inputs.to(one.dtype), labels=ids).loss.backward()
+        found.append(inputs.grad.flatten())
+    assert (
+        float(torch.nn.functional.cosine_similarity(*found, dim=0))
+        > {torch.float16: 0.999, torch.bfloat16: 0.99}[dtype]
+    )
+    assert abs(float(found[0].norm() / found[1].norm()) - 1) < 0.02
 
 
 def test_compiled_model_equals_the_eager_one(tmp_path: Path) -> None:

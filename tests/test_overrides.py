@@ -118,6 +118,29 @@ def test_a_rule_that_decides_about_nothing_is_refused(tmp_path: Path, rules: tup
         quantize_model(source, tmp_path / "out", QuantizationConfig(overrides=rules), random_samples(2), device=CPU)
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("skip", [("down_porj",), ("o_proj", "down_porj"), ("down_proj.weight",)])
+def test_a_skip_that_matches_nothing_is_refused(tmp_path: Path, skip: tuple[str, ...], method: str) -> None:
+    source = save_tiny_model(tmp_path / "source")
+    message = rf"skip: '{skip[-1]}' matches no linear of the decoder blocks; a linear of this model is called .*q_proj"
+    with pytest.raises(InputError, match=message):
+        quantize_model(
+            source, tmp_path / "out", QuantizationConfig(method=method, skip=skip), random_samples(2), device=CPU
+        )
+    arguments = [argument for pattern in skip for argument in ("--skip", pattern)]
+    result = CliRunner().invoke(main, [str(source), "--dry-run", "--method", method, *arguments])
+    assert result.exit_code == 2 and f"skip: '{skip[-1]}' matches no linear" in result.output
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "norm", "embed_tokens$"])
+def test_a_skip_may_name_what_is_never_quantized(tmp_path: Path, pattern: str) -> None:
+    source = save_tiny_model(tmp_path / "source", tie_word_embeddings=True)
+    config = QuantizationConfig(method="rtn", group_size=64, skip=(pattern,))
+    report = quantize_model(source, tmp_path / "out", config, [], device=CPU)
+    assert report.quantized_share == 1 and not report.left
+    assert CliRunner().invoke(main, [str(source), "--dry-run", "--group-size", "64", "--skip", pattern]).exit_code == 0
+
+
 def test_from_the_file_to_the_loaded_model(tmp_path: Path) -> None:
     source = save_tiny_model(tmp_path / "source")
     config = QuantizationConfig(overrides=read_overrides(written(tmp_path, TEXT)))

@@ -119,7 +119,7 @@ def test_damping_is_raised_until_it_factors_then_refused() -> None:
     with pytest.raises(NotPositiveDefinite, match=r"not positive definite even with damping 0\.01, 0\.1, 1, 10"):
         factor(hopeless, 0.01)
     hessian[3, 4] = torch.nan
-    with pytest.raises(ValueError, match="the Hessian holds NaN or Inf"):
+    with pytest.raises(ValueError, match="its inputs in the calibration hold NaN or Inf"):
         factor(hessian, 0.01)
 
 
@@ -224,17 +224,41 @@ def test_clipping_search_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_scales_are_never_zero_subnormal_or_infinite(dtype: torch.dtype) -> None:
+def test_scales_are_never_zero_or_infinite(dtype: torch.dtype) -> None:
     rows = torch.zeros(4, 32)
-    rows[1] = 1e-30
+    rows[1] = 1e-38
     rows[2] = 3e38
     rows[3] = 1.0
     for scale in (grid.full_scale(rows, dtype), grid.clipped_scale(rows, torch.eye(32), dtype)):
         assert scale.dtype == dtype
-        assert bool((scale.float() >= torch.finfo(dtype).tiny).all()) and bool(torch.isfinite(scale).all())
+        assert bool((scale > 0).all()) and bool(torch.isfinite(scale).all())
         assert float(scale[0]) == 1.0
+        assert float(scale[1]) == {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126}[dtype]
     quantized = rtn_quantize(rows[:1], group_size=-1, scale_dtype=dtype)
     assert torch.equal(quantized.codes, torch.full((1, 32), 8, dtype=torch.uint8))
+
+
+def test_small_weights_are_held_by_subnormal_scales() -> None:
+    """Their errors are those of large weights, down to steps of two of the smallest scales; below, it is said."""
+    weight, upper = random_weight(64, 128, seed=19), factor(random_hessian(128, seed=20), 0.01).upper
+    weight /= weight.abs().amax(dim=1, keepdim=True)
+
+    def error(size: float, dtype: torch.dtype = torch.float16) -> float:
+        small = size * weight
+        quantized = gptq_quantize(small, upper, group_size=128, scale_dtype=dtype)
+        return relative_error(small / size, quantized.dequantize() / size, None)
+
+    usual = error(0.1)
+    for size in (2e-4, 5e-5, 5e-6, 16 * 2.0**-24):
+        assert error(size) < 1.3 * usual, size
+        assert grid.share_too_small(size * weight, 128, torch.float16) == 0
+    assert error(3e-8) > 10 * usual
+    for size in (14 * 2.0**-24, 1e-9, 1e-30):
+        assert grid.share_too_small(size * weight, 128, torch.float16) == pytest.approx(1)
+        assert grid.share_too_small(size * weight, 128, torch.bfloat16) == 0
+    weight[0] *= 1e-9  # next to nothing of the whole
+    assert grid.share_too_small(weight, 128, torch.float16) < 1e-12
+    assert grid.share_too_small(torch.zeros(4, 128), 128, torch.float16) == 0
 
 
 def test_rtn_is_the_nearest_point_of_the_grid() -> None:

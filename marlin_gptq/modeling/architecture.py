@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from marlin_gptq.modeling.experts import routing_modules, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.quantization.weight import columns_per_group
 
+logger = logging.getLogger(__name__)
 _FINITE_AT_ONCE = 1 << 24
 
 
@@ -115,6 +118,28 @@ def linear_names(block: nn.Module, prefix: str) -> list[str]:
     return [f"{prefix}.{name}" for name, module in named if isinstance(module, nn.Linear) and name not in routing]
 
 
+def known_names(model: nn.Module, prefix: str, blocks: Iterable[nn.Module]) -> tuple[list[str], list[str]]:
+    """What a pattern of the settings may mean: (linears of the blocks, other parameters of the model), by full name.
+
+    blocks: those of the list called `prefix`, which need not be in the model.
+    """
+    linears: list[str] = []
+    others: list[str] = []
+    inside: set[int] = set()
+    for index, block in enumerate(blocks):
+        own = linear_names(block, f"{prefix}.{index}")
+        linears += own
+        of_linears = set(own)
+        for name, parameter in block.named_parameters():
+            inside.add(id(parameter))
+            full = f"{prefix}.{index}.{name}"
+            if full.rpartition(".")[0] not in of_linears:
+                others.append(full)
+    outer = model.named_parameters(remove_duplicate=False)
+    others += [name for name, parameter in outer if id(parameter) not in inside]
+    return linears, others + [name.removesuffix(".weight") for name in others]
+
+
 def require_divisible(linears: dict[str, nn.Linear], settings: int | QuantizationConfig) -> None:
     """InputError naming the first linear whose in_features its group size (one for all, or by name) does not divide."""
     for name, linear in linears.items():
@@ -171,3 +196,10 @@ def require_finite(name: str, tensor: torch.Tensor, hint: str) -> None:
     if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
         bad = sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
         raise QuantizationError(f"{name}: {bad} of {tensor.numel()} values are NaN or Inf; {hint}")
+
+
+def warn_if_lost(name: str, tensor: torch.Tensor, cast: torch.Tensor) -> None:
+    """Log where a tensor became nothing but zeros in the dtype of `cast`."""
+    if not bool(cast.any()) and bool(tensor.any()):
+        dtype = str(cast.dtype).removeprefix("torch.")
+        logger.warning("%s: all its values are too small for %s and become 0; use --dtype bfloat16", name, dtype)

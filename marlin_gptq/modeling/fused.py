@@ -54,7 +54,7 @@ class FusedLinear(MarlinLinear):
     def columns_of(self, x: Tensor, name: str, start: int, stop: int, names: frozenset[str]) -> Tensor:
         """Output channels start … stop − 1 for x [..., in_features], a view; `names` are all that will ask."""
         version, held = _version(x), self._held
-        if held is not None and held[0] is x and held[1] == version:
+        if held is not None and held[0] is x and held[1] == version and not _asks_anew(held[2], x, name in held[3]):
             y, taken = held[2], held[3] | {name}
         else:
             y, taken = self(x), frozenset((name,))
@@ -209,6 +209,11 @@ def can_fuse(layers: list[Any]) -> bool:
     whole = all(layer.out_features % TILE_N == 0 for layer in layers)
     spread = any(getattr(layer, "_hf_hook", None) is not None for layer in layers)
     return len(kinds) == 1 and whole and not spread and next(layers[0].buffers()).device.type != "meta"
+
+
+def _asks_anew(y: Tensor, x: Tensor, again: bool) -> bool:
+    """Whether gradients forbid to take y, the result for x: computed without them, or its graph may be freed by now."""
+    return (torch.is_grad_enabled() and x.requires_grad) != y.requires_grad or (y.requires_grad and again)
 
 
 def _version(x: Tensor) -> int:

@@ -20,6 +20,7 @@ from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.model_directory import require_inside
 from marlin_gptq.modeling.architecture import replace_linears
+from marlin_gptq.modeling.dequantized import dequantize
 from marlin_gptq.modeling.experts import Experts, file_name
 from marlin_gptq.modeling.fused import fuse_projections
 from marlin_gptq.modeling.linear import MarlinLinear, prepare_for_device
@@ -88,10 +89,14 @@ class MarlinGPTQQuantizer(HfQuantizer):
             )
         return dtype
 
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """What `model.dequantize()` does, beside taking the settings out of the config."""
+        return dequantize(model, dtype)
+
     @property
     def is_trainable(self) -> bool:
-        """Codes are integers."""
-        return False
+        """With adapters (`marlin_gptq.add_lora`): gradients pass through the layers, codes stay."""
+        return True
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         """`save_pretrained` writes the Marlin layout back as it was read."""

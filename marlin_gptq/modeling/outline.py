@@ -13,6 +13,7 @@ from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.modeling.architecture import (
     block_linears,
     decoder_blocks,
+    known_names,
     read_config,
     require_divisible,
     require_full_precision,
@@ -61,13 +62,17 @@ class BlockOutline:
 
 @dataclass(frozen=True)
 class Outline:
-    """A decoder model: blocks, tensors outside of them by name and shape, width of its activations, query heads."""
+    """A decoder model: blocks, tensors outside of them by name and shape, width of its activations, query heads.
+
+    names  what settings may name: see `architecture.known_names`.
+    """
 
     blocks: tuple[BlockOutline, ...]
     outer: tuple[tuple[str, tuple[int, ...]], ...]
     hidden: int
     experts_per_token: int
     heads: int
+    names: tuple[list[str], list[str]]
 
 
 def outline(model_dir: Path, settings: QuantizationConfig) -> Outline:
@@ -91,7 +96,9 @@ def outline(model_dir: Path, settings: QuantizationConfig) -> Outline:
         if id(parameter) not in inside and not (tied and head is not None and name == _name_of(model, head))
     ]
     experts = getattr(config, "num_experts_per_tok", None) or 1
-    return Outline(made, tuple(outer), config.hidden_size, experts, getattr(config, "num_attention_heads", None) or 1)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    names = known_names(model, prefix, blocks)
+    return Outline(made, tuple(outer), config.hidden_size, experts, heads, names)
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

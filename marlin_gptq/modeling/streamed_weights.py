@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError
-from marlin_gptq.modeling.architecture import require_finite
+from marlin_gptq.modeling.architecture import require_finite, warn_if_lost
 from marlin_gptq.modeling.experts import file_name, fused_source
 from marlin_gptq.modeling.read_ahead import ReadAhead, Source, read
 
@@ -135,6 +135,7 @@ class StreamedWeights:
         moved = there.to(like.dtype)
         if like.dtype == torch.float16 and tensor.dtype != torch.float16:
             require_finite(name, moved, "float16 overflows; use --dtype bfloat16")
+            warn_if_lost(name, there, moved)
         return moved
 
     def _source(self, name: str, like: Tensor) -> Source:

@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from marlin_gptq.quantization.grid import scale_range
+
 # Columns of a group that `best_scales` and `refit_group` take: powers of two whose square fits into shared
 # memory.
 GROUP_WIDTHS = (32, 64, 128)
@@ -92,10 +94,10 @@ def push_errors(rest: Tensor, errors: Tensor, upper: Tensor) -> None:
 def refit_group(gradient: Tensor, codes: Tensor, scales: Tensor, found: Tensor, moves: Tensor, square: Tensor) -> None:
     """As `descent.refit_group`, for a group of one of GROUP_WIDTHS columns, in one launch."""
     width, rows = gradient.shape
-    kernels, limits = _kernels(), torch.finfo(scales.dtype)
+    kernels = _kernels()
     launch(
         kernels.refit, (rows, kernels.REFIT_ROWS), gradient.device,
-        gradient, codes, scales, found, moves, square.contiguous(), rows, limits.tiny, limits.max,
+        gradient, codes, scales, found, moves, square.contiguous(), rows, *scale_range(scales.dtype),
         WIDTH=width, ROWS=kernels.REFIT_ROWS, num_warps=8,
     )  # fmt: skip
 

@@ -194,7 +194,7 @@ def refit(
 ):  # fmt: skip
     """gradient, codes, moves [WIDTH, rows], scales and found [rows], square [WIDTH, WIDTH].
 
-    tiny, largest: the range of sizes that the stored dtype of scales has.
+    tiny, largest: `grid.scale_range` of the stored dtype of scales.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)

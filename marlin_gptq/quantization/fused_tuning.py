@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from marlin_gptq.quantization.fused import launch
+from marlin_gptq.quantization.grid import scale_range
 
 # Columns of a group, and logits of a row, that a program reads at a time.
 _COLUMNS, _LOGITS = 128, 4096
@@ -22,13 +23,13 @@ def moved_weight(
     position: Tensor, shift: Tensor, start: Tensor, scale_dtype: torch.dtype, dtype: torch.dtype
 ) -> Tensor:
     """As `tuning_steps.moved_weight`."""
-    kernels, limits = _kernels(), torch.finfo(scale_dtype)
+    kernels = _kernels()
     columns = position.numel() // start.numel()
     weight = torch.empty(position.shape, dtype=dtype, device=position.device)
     launch(
         kernels.moved_weight, (start.numel(), kernels.GROUPS), position.device,
         position.contiguous(), shift.contiguous(), start.contiguous(), weight, start.numel(), columns,
-        limits.tiny, limits.max,
+        *scale_range(scale_dtype),
         BRAIN=scale_dtype == torch.bfloat16, WIDTH=_width(columns), num_warps=4,
     )  # fmt: skip
     return weight
@@ -38,13 +39,13 @@ def moved_gradients(
     gradient: Tensor, position: Tensor, shift: Tensor, start: Tensor, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """As `tuning_steps.moved_gradients`."""
-    kernels, limits = _kernels(), torch.finfo(scale_dtype)
+    kernels = _kernels()
     columns = position.numel() // start.numel()
     of_position, of_shift = torch.empty_like(position), torch.empty_like(start)
     launch(
         kernels.moved_gradients, (start.numel(), kernels.GROUPS), position.device,
         gradient.contiguous(), position.contiguous(), shift.contiguous(), start.contiguous(), of_position, of_shift,
-        start.numel(), columns, limits.tiny, limits.max,
+        start.numel(), columns, *scale_range(scale_dtype),
         BRAIN=scale_dtype == torch.bfloat16, WIDTH=_width(columns), num_warps=4,
     )  # fmt: skip
     return of_position, of_shift

@@ -26,7 +26,7 @@ def moved_weight(
 ):  # fmt: skip
     """position, weight [groups, columns]; shift, start [groups]: the groups of all rows one after the other.
 
-    tiny, largest: the range of sizes that the stored dtype of scales has; BRAIN: it is bfloat16, else float16.
+    tiny, largest: `grid.scale_range` of the stored dtype of scales; BRAIN: it is bfloat16, else float16.
     """
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     inside = group < groups

@@ -28,13 +28,36 @@ def full_scale(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to the stored dtype before codes are chosen; never 0, Inf or subnormal, which no kernel need handle.
+    """Round to the stored dtype before codes are chosen; never 0 or Inf.
 
     The sign stays: a negative scale turns the grid −8 … 7 round.
     """
-    limits = torch.finfo(dtype)
-    size = torch.where(scale == 0, torch.ones_like(scale), scale.abs()).clamp(limits.tiny, limits.max)
+    smallest, largest = scale_range(dtype)
+    size = torch.where(scale == 0, torch.ones_like(scale), scale.abs()).clamp(smallest, largest)
     return size.copysign(torch.where(scale == 0, size, scale)).to(dtype)
+
+
+def scale_range(dtype: torch.dtype) -> tuple[float, float]:
+    """The smallest and the largest size that a scale may have.
+
+    Subnormal numbers of float16, 2⁻²⁴ and its multiples, are as good as others: kernels multiply with them exactly, as
+    every product of theirs is one of float32 or keeps subnormals. Those of bfloat16 would be so in float32 too, where
+    quotients by them overflow.
+    """
+    limits = torch.finfo(dtype)
+    return max(limits.tiny * limits.eps, torch.finfo(torch.float32).tiny), limits.max
+
+
+def share_too_small(weight: Tensor, group_columns: int, dtype: torch.dtype) -> float:
+    """Of the sum of squares of weight [rows, columns]: what lies in groups that no scale of `dtype` is fine enough for.
+
+    From two of the smallest scales on, the error of a group is at most 1.2 times that of a fine scale.
+    """
+    groups = weight.float().reshape(len(weight), -1, group_columns)
+    sizes = groups.abs().amax(dim=-1)
+    coarse = sizes * (2 / 15) < 2 * scale_range(dtype)[0]
+    energy = (groups / sizes.max().clamp_min(scale_range(torch.float32)[0])).square().sum(dim=-1)
+    return float((energy * coarse).sum(dtype=torch.float64) / energy.sum(dtype=torch.float64).clamp_min(1e-300))
 
 
 def signed_scale(weight: Tensor) -> Tensor:

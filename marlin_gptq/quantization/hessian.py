@@ -195,7 +195,7 @@ def factor(hessian: Tensor, damp_percent: float) -> Factor:
     The damping that was used is returned, so that a caller can say so loudly.
     """
     if not bool(torch.isfinite(hessian).all()):
-        raise ValueError("the Hessian holds NaN or Inf: the calibration activations of this layer overflowed")
+        raise ValueError("its inputs in the calibration hold NaN or Inf")
     tried = []
     while True:
         upper = inverse_factor(damp(hessian, damp_percent))
