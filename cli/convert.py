@@ -13,7 +13,6 @@ from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.quantize import require_free_name
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import resolve_model
 
 TARGETS = ("marlin", "gptq", "awq", "compressed-tensors", "original")
 EXAMPLES = """\b
@@ -30,6 +29,7 @@ What a format cannot hold is refused by name, before anything is written.
 @click.command(
     "marlin-convert",
     cls=failures.Command,
+    unused=failures.UNUSED,
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -79,19 +79,17 @@ def _convert(
     as_json: bool,
     debug: bool,
 ) -> None:
-    from marlin_gptq.conversion.convert import convert_checkpoint
-
     display = Display()
-    options.quiet_libraries(display.say)
     shard_bytes = options.parse_size(shard_size)
     if to != "original":
         require_free_name(output, overwrite)
-    path = Path(model)
-    if not path.is_file():
-        path = resolve_model(model, revision=revision, offline=offline)
+    path = options.find_checkpoint(display.say, model, revision, offline)
     if output.exists() and output.samefile(path):
         raise InputError(f"{output}: is the model itself; give another --output")
-    base_dir = None if base is None else resolve_model(base, offline=offline)
+    base_dir = None if base is None else options.find_model(display.say, base, None, offline)
+    options.load_libraries(display.say)
+    from marlin_gptq.conversion.convert import convert_checkpoint
+
     with display.counting("convert") as progress:
         report = convert_checkpoint(
             path,

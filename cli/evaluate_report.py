@@ -11,7 +11,6 @@ from marlin_gptq.cli import failures, harness_options, options
 from marlin_gptq.cli.evaluate_tasks import HELP, Named, mmlu_tasks, run_models
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import resolve_model
 
 EXAMPLES = """\b
 Examples:
@@ -63,16 +62,14 @@ def report(model: str, baseline: str | None, output: Path, as_json: bool, debug:
     if output.suffix == ".json":
         raise InputError(f"{output}: the figures go to a .json file beside the page; give a page: report.html")
     harness_options.require_output(output)
-    harness_options.quiet_harness(display.say)
-    options.quiet_libraries(display.say)
     offline = arguments["offline"]
+    directory, base = options.open_models(display.say, model, baseline, arguments["revision"], offline)
+    harness_options.quiet_harness(display.say)
     harness_options.use_offline(offline)
 
     from marlin_gptq.eval import report as figures
     from marlin_gptq.eval.task_record import TaskRecord, versions
 
-    directory = resolve_model(model, revision=arguments["revision"], offline=offline)
-    base = None if baseline is None else resolve_model(baseline, offline=offline)
     where = options.torch_device(arguments["device"])
     datasets = _names(arguments["datasets"])
     settings = {

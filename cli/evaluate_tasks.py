@@ -14,7 +14,6 @@ from marlin_gptq.cli import failures, harness_options, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.task_tables import print_results, result_line
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import resolve_model
 
 if TYPE_CHECKING:
     from marlin_gptq.eval.harness import Suite, TaskResult
@@ -95,6 +94,9 @@ def mmlu(data_dir: Path | None, subjects: str, **arguments: Any) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval(arguments: tuple[str, ...]) -> None:
     """lm-eval itself, with every option it has and the model `marlin`; its arguments follow `--`."""
+    display = Display()
+    display.say("starting lm-eval")
+    options.load_libraries(display.say)
     from lm_eval.__main__ import cli_evaluate
 
     from marlin_gptq.eval.harness_model import marlin_model_class
@@ -130,19 +132,16 @@ def _begin(arguments: dict[str, Any]) -> tuple[Display, list[Named]]:
     if (model is None) == (base is None):
         raise InputError("MODEL: give either a model directory or hub id, or --pretrained with --marlin-checkpoint")
     harness_options.require_output(arguments["output"])
-    harness_options.quiet_harness(display.say)
-    options.quiet_libraries(display.say)
-    offline = arguments["offline"]
-    harness_options.use_offline(offline)
-    options.torch_device(arguments["device"])
     if checkpoint is not None and not checkpoint.is_file():
         raise InputError(f"{checkpoint}: no such file; --marlin-checkpoint wants a torch state dict")
-    named = model or base
-    models: list[Named] = [
-        (str(checkpoint or named), resolve_model(named, revision=arguments["revision"], offline=offline), checkpoint)
-    ]
-    if arguments["baseline"] is not None:
-        models.append((arguments["baseline"], resolve_model(arguments["baseline"], offline=offline), None))
+    named, baseline, offline = model or base, arguments["baseline"], arguments["offline"]
+    directory, beside = options.open_models(display.say, named, baseline, arguments["revision"], offline)
+    harness_options.quiet_harness(display.say)
+    harness_options.use_offline(offline)
+    options.torch_device(arguments["device"])
+    models: list[Named] = [(str(checkpoint or named), directory, checkpoint)]
+    if beside is not None:
+        models.append((baseline, beside, None))
     return display, models
 
 

@@ -13,7 +13,6 @@ from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.evaluate_tasks import HELP
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import resolve_model
 
 if TYPE_CHECKING:
     from marlin_gptq.eval.throughput import Request
@@ -77,12 +76,11 @@ def throughput(model: str, baseline: str | None, as_json: bool, debug: bool, **a
     The model runs alone on one device, as transformers runs it; with --baseline the other one after it, alike.
     """
     display = Display()
-    options.quiet_libraries(display.say)
+    directory, beside = options.open_models(display.say, model, baseline, arguments["revision"], arguments["offline"])
     where, computing = options.torch_device(arguments["device"]), options.torch_dtype(arguments["dtype"])
-    offline = arguments["offline"]
-    named = [(model, resolve_model(model, revision=arguments["revision"], offline=offline))]
-    if baseline is not None:
-        named.append((baseline, resolve_model(baseline, offline=offline)))
+    named = [(model, directory)]
+    if baseline is not None and beside is not None:
+        named.append((baseline, beside))
 
     from marlin_gptq.eval.throughput import Request, require_room
     from marlin_gptq.modeling.architecture import read_config

@@ -13,13 +13,15 @@ import click
 from marlin_gptq.errors import MarlinGPTQError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What transformers has for assisted generation and for the losses of object detection.
+UNUSED = ("sklearn", "scipy")
 
 
 class Command(click.Command):
     """A click command that ends every failure in one sentence; --debug shows the traceback before it.
 
-    unused  packages that others import where they find them, and that take a second each: a process that is for this
-            command alone does not find them.
+    unused  packages that transformers imports where it finds them, and that take up to a second each: a process that is
+            for this command alone does not find them.
     """
 
     def __init__(self, *args: Any, unused: tuple[str, ...] = (), **kwargs: Any) -> None:
@@ -51,10 +53,9 @@ def _run(
         return click_main(arguments, *rest, standalone_mode=False, **kwargs)
     own = args is None  # this process is for the command alone: it was not called from another program
     try:
-        if own:
+        if own and "transformers" not in sys.modules:  # else it has looked for them already
             for package in unused:
                 sys.modules.setdefault(package, None)  # type: ignore[arg-type]
-            gc.freeze()  # torch and transformers are millions of objects, which no collection needs to walk through
         sys.exit(click_main(arguments, *rest, standalone_mode=False, **kwargs) or 0)
     except Exception as error:  # the outermost frame: the rest is a bug of ours
         if "--debug" in arguments:

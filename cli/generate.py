@@ -13,7 +13,6 @@ from marlin_gptq import __version__
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import resolve_model
 
 EXAMPLES = """\b
 Examples:
@@ -27,6 +26,7 @@ Examples:
 @click.command(
     "marlin-generate",
     cls=failures.Command,
+    unused=failures.UNUSED,
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -84,9 +84,9 @@ def _generate(
 ) -> None:
     text = read_prompt(prompt, prompt_file)
     display = Display()
-    options.quiet_libraries(display.say)
+    directory = options.find_model(display.say, model, revision, offline)
+    options.load_libraries(display.say)
     where, computing = options.torch_device(device), options.torch_dtype(dtype)
-    directory = resolve_model(model, revision=revision, offline=offline)
 
     from marlin_gptq.calibration import load_tokenizer
     from marlin_gptq.eval.generation import Generation, continue_text, prompt_ids, room

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from marlin_gptq import register
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import read_json
+from marlin_gptq.model_directory import local_directory, read_json, resolve_model
 
 if TYPE_CHECKING:
     import torch
@@ -117,8 +120,37 @@ def table_console() -> Any:
     return console if console.is_terminal else Console(highlight=False, width=140)
 
 
-def quiet_libraries(say: Callable[[str], None]) -> None:
-    """No progress bars of libraries between ours; warnings become one line each, and none is hidden."""
+def open_models(
+    say: Callable[[str], None], model: str, baseline: str | None, revision: str | None, offline: bool
+) -> tuple[Path, Path | None]:
+    """The directories of MODEL and --baseline; the libraries are there behind it, and what is wrong was said before."""
+    directory = find_model(say, model, revision, offline)
+    base = None if baseline is None else find_model(say, baseline, None, offline)
+    load_libraries(say)
+    return directory, base
+
+
+def find_model(
+    say: Callable[[str], None], model: str, revision: str | None, offline: bool, config_only: bool = False
+) -> Path:
+    """As `resolve_model`, which may have to fetch it: what is done is said first."""
+    say(f"reading {model}" if local_directory(model) or offline else f"fetching {model} from the hub")
+    return resolve_model(model, revision=revision, offline=offline, config_only=config_only)
+
+
+def find_checkpoint(say: Callable[[str], None], model: str, revision: str | None, offline: bool) -> Path:
+    """As `find_model`, of a command that takes a state dict in a file as well."""
+    if Path(model).is_file():
+        say(f"reading {model}")
+        return Path(model)
+    return find_model(say, model, revision, offline)
+
+
+def load_libraries(say: Callable[[str], None]) -> None:
+    """Import torch and transformers, which takes seconds: the caller has read its arguments and said what it does.
+
+    No progress bars of theirs between ours; warnings become one line each, and none is hidden.
+    """
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         say(f"warning: {message}")
@@ -134,9 +166,12 @@ def quiet_libraries(say: Callable[[str], None]) -> None:
 
     # `datasets` is slow to import and often not needed: told ahead, for when it is.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import transformers
+    register()
+    from transformers.utils import logging as theirs
 
-    transformers.utils.logging.disable_progress_bar()
+    theirs.disable_progress_bar()
+    if "marlin_gptq_command" in sys.modules:  # this process is for the command alone
+        gc.freeze()  # they are millions of objects, which no collection needs to walk through
 
 
 def context_length(model_dir: Path) -> int | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from marlin_gptq import __version__
+from marlin_gptq import __version__, register
 from marlin_gptq.cli import failures, options, processes, quantize_options, several, techniques
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.quantize_summary import summary
@@ -18,17 +18,17 @@ from marlin_gptq.cli.resume import go_on, keeping, options_of, resumed
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import read_json, resolve_model
-from marlin_gptq.output_directory import LOG_FILE
+from marlin_gptq.model_directory import read_json
 from marlin_gptq.overrides import read_overrides
-from marlin_gptq.quantization.loops import set_fused
-from marlin_gptq.work_directory import WorkDirectory
+
+if TYPE_CHECKING:
+    from marlin_gptq.work_directory import WorkDirectory
 
 
 @click.command(
     "marlin-quantize",
     cls=failures.Command,
-    unused=("sklearn",),  # transformers has it for assisted generation
+    unused=failures.UNUSED,
     epilog=quantize_options.EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -39,7 +39,11 @@ from marlin_gptq.work_directory import WorkDirectory
 def main(context: click.Context, **arguments: Any) -> int | None:
     """Quantize MODEL (a directory or a hub id) to 4 bits and pack it for the Marlin kernel."""
     count = arguments.pop("processes")
-    code = several.fork(1 if arguments["dry_run"] else count)
+    count = 1 if arguments["dry_run"] else count
+    if count > 1:
+        Display().say(f"starting {count} processes")
+        register()  # they share what was imported before
+    code = several.fork(count)
     if code is None:
         _main(context, arguments)
     return code
@@ -105,7 +109,7 @@ def _quantize(
     **chosen: Any,
 ) -> None:
     display = Display(silent=not team.leads)
-    set_fused(options.fused_loops())
+    fused = options.fused_loops()
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
     settings = team.from_leader(work.arguments["settings"] if work is not None else None)
@@ -125,6 +129,8 @@ def _quantize(
         if team.from_leader(work is not None and to == "marlin" and work.finished(output)):
             display.say(f"finished already: {output}; the work directory can be removed")
             if as_json and team.leads:
+                from marlin_gptq.output_directory import LOG_FILE
+
                 click.echo(json.dumps({"model": model} | read_json(output / LOG_FILE)))
             return
     shard_bytes = options.parse_size(shard_size)
@@ -135,10 +141,13 @@ def _quantize(
         "processes": team.size,
         "limited": limit is not None,
     }
+    if not dry_run:
+        require_free_name(output, overwrite)
+    model_dir = options.find_model(display.say, model, revision, offline, config_only=dry_run)
+    options.load_libraries(display.say)
     if dry_run:
         from marlin_gptq.cli import dry_run as dry
 
-        model_dir = resolve_model(model, revision=revision, offline=offline, config_only=True)
         found = dry.estimate(
             model_dir,
             config if recipe_chosen else _within_reach(display, model_dir, config, options.torch_device(device), way),
@@ -154,19 +163,18 @@ def _quantize(
         )
         click.echo(json.dumps({"model": model} | found) if as_json else dry.shown(found))
         return
-    require_free_name(output, overwrite)
 
     from marlin_gptq.calibration import DEFAULT_SEQ_LEN, sequence_length
     from marlin_gptq.conversion.convert import HALF_SCALES
     from marlin_gptq.conversion.export import convert_staged, require_exportable, staging_directory
     from marlin_gptq.pipeline import quantize_model
+    from marlin_gptq.quantization.loops import set_fused
     from marlin_gptq.requirements import require_quantizable, result_dtype
 
-    options.quiet_libraries(display.say)
+    set_fused(fused)
     half = to in HALF_SCALES and dtype == "auto"
     where = processes.own_device(options.torch_device(device))
     target = options.torch_dtype("float16" if half else dtype)
-    model_dir = resolve_model(model, revision=revision, offline=offline)
     if output.exists() and output.samefile(model_dir):
         raise InputError(f"{output}: is the model itself; give another --output")
     if not recipe_chosen:

@@ -2,17 +2,17 @@
 
 Importing this module teaches transformers the format: afterwards
 `AutoModelForCausalLM.from_pretrained(DIR)` loads a quantized directory with a MarlinLinear in place of every
-decoder linear. It needs no GPU.
+decoder linear. It needs no GPU. The names below are imported when they are asked for.
 """
 
 from __future__ import annotations
 
 import gc
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-_collecting = gc.isenabled()
-gc.disable()  # torch and transformers make a million objects that stay: looking through them takes half a second
-try:
-    import marlin_gptq.modeling.hf  # noqa: F401 (registers the format)
+if TYPE_CHECKING:
     from marlin_gptq.config import QuantizationConfig
     from marlin_gptq.conversion.convert import convert_checkpoint
     from marlin_gptq.conversion.load import load
@@ -20,9 +20,6 @@ try:
     from marlin_gptq.modeling.fused import fuse_projections, split_projections
     from marlin_gptq.modeling.linear import MarlinLinear
     from marlin_gptq.pipeline import quantize_model
-finally:
-    if _collecting:
-        gc.enable()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,3 +36,37 @@ __all__ = [
     "quantize_model",
     "split_projections",
 ]
+_PLACES = {
+    "CheckpointError": "errors",
+    "InputError": "errors",
+    "MarlinGPTQError": "errors",
+    "MarlinLinear": "modeling.linear",
+    "QuantizationConfig": "config",
+    "QuantizationError": "errors",
+    "convert_checkpoint": "conversion.convert",
+    "fuse_projections": "modeling.fused",
+    "load": "conversion.load",
+    "quantize_model": "pipeline",
+    "split_projections": "modeling.fused",
+}
+
+
+def register() -> None:
+    """Import torch and transformers and teach the latter the format; done once."""
+    collecting = gc.isenabled()
+    gc.disable()  # they make a million objects that stay: looking through them takes half a second
+    try:
+        import_module("marlin_gptq.modeling.hf")
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"marlin_gptq.{_PLACES[name]}"), name)
+
+
+if "marlin_gptq_command" not in sys.modules:  # a command registers when it has read its arguments
+    register()

@@ -21,14 +21,9 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
     config_only  fetch config.json of a hub id and nothing else.
     Raises InputError if there is neither, or if a hub id is not in the local cache while `offline`.
     """
-    path = Path(model)
-    if model.strip() and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{model}: holds no config.json; a Hugging Face model directory is needed")
-        return path
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
-        raise InputError(f"{model}: no such directory; give a model directory or a hub id such as owner/name")
-
+    local = local_directory(model)
+    if local is not None:
+        return local
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -50,6 +45,18 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
             f"{model}: refused by the hub ({error.__class__.__name__}); check the name, the revision and your access"
         ) from error
     return found
+
+
+def local_directory(model: str) -> Path | None:
+    """The model directory of that name here; None for what may be a hub id, InputError for what is neither."""
+    path = Path(model)
+    if model.strip() and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{model}: holds no config.json; a Hugging Face model directory is needed")
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+        raise InputError(f"{model}: no such directory; give a model directory or a hub id such as owner/name")
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

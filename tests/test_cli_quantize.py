@@ -331,11 +331,11 @@ def test_debug_shows_the_traceback_of_a_users_mistake(tmp_path: Path) -> None:
 def test_the_offline_switch_also_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
-    def resolve_model(model: str, revision: str | None, offline: bool) -> Path:
+    def resolve_model(model: str, revision: str | None, offline: bool, config_only: bool) -> Path:
         asked.append(offline)
         raise InputError("stop here")
 
-    monkeypatch.setattr(quantize, "resolve_model", resolve_model)
+    monkeypatch.setattr(options, "resolve_model", resolve_model)
     for environment, flags in (({}, []), ({"HF_HUB_OFFLINE": "1"}, []), ({"HF_HUB_OFFLINE": None}, ["--offline"])):
         CliRunner().invoke(main, ["owner/name", "-o", str(tmp_path / "out"), *flags], env=environment)
     assert asked == [False, True, True]
@@ -408,6 +408,7 @@ def test_a_process_of_its_own_does_not_find_what_the_command_leaves_unused(monke
         command.main([])  # called from another program
     assert "surely_not_there" not in sys.modules
     monkeypatch.setattr(sys, "argv", ["name"])
+    monkeypatch.delitem(sys.modules, "transformers")  # once it is there, it has looked for them
     try:
         with pytest.raises(SystemExit):
             command.main()

@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"marlin_gptq": ROOT / "marlin_gptq"} | {
     f"marlin_gptq.{name}": ROOT / name for name in ("kernel", "cli", "eval")
 }
+SOURCES |= {"marlin_gptq_command": ROOT / "marlin_gptq_command"}
 
 # The layers, highest first. A part may import itself and every part of a lower layer, none beside or above
 # it. A module belongs to the part with the longest name that begins its own; "marlin_gptq" is what no other
 # part claims: __init__, pipeline and what writes the finished directory.
 LAYERS = [
+    {"marlin_gptq_command"},
     {"marlin_gptq.cli"},
     {"marlin_gptq.eval"},
     {"marlin_gptq"},
