@@ -114,6 +114,7 @@ def _quantize(
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
     settings = team.from_leader(work.arguments["settings"] if work is not None else None)
     recipe_chosen |= settings is not None or any(name.startswith("tune_") for name in techniques.changes(chosen))
+    steps_chosen = settings is not None or chosen["tune_steps"] is not None
     if settings is None:
         changes = techniques.changes(chosen) | ({} if damp is None else {"damp_percent": damp})
         config = QuantizationConfig.from_preset(
@@ -169,7 +170,7 @@ def _quantize(
     from marlin_gptq.conversion.export import convert_staged, require_exportable, staging_directory
     from marlin_gptq.pipeline import quantize_model
     from marlin_gptq.quantization.loops import set_fused
-    from marlin_gptq.requirements import require_quantizable, result_dtype
+    from marlin_gptq.requirements import require_gpu_for_tuning, require_quantizable, result_dtype
 
     set_fused(fused)
     half = to in HALF_SCALES and dtype == "auto"
@@ -179,6 +180,8 @@ def _quantize(
         raise InputError(f"{output}: is the model itself; give another --output")
     if not recipe_chosen:
         config = _within_reach(display, model_dir, config, where, way)
+    if not steps_chosen:
+        require_gpu_for_tuning(config, where)
     require_quantizable(model_dir, output, config, target, device=where, **way)
     for warning in require_exportable(model_dir, config, to, result_dtype(model_dir, target)):
         display.say(f"warning: {warning}")
@@ -206,8 +209,7 @@ def _quantize(
         if kept is not None:
             kept.arguments["calibration"] = calibration
         into = output if to == "marlin" else staging_directory(output)
-        recipe = f"gptq, preset {config.preset}" if method == "gptq" else method
-        display.say(f"quantizing {model} on {where.type}: {recipe}, 4 bits, group size {config.group_size}")
+        display.say(f"quantizing {model} on {where.type}: {config.recipe}; 4 bits, group size {config.group_size}")
         with display.quantizing() as progress:
             report = quantize_model(
                 model_dir,

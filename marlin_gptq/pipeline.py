@@ -261,7 +261,7 @@ def _facts(
     """What the bits of the result depend on, beside the samples: a run is resumed with the same or not at all."""
     return {
         "model": model_digest(model_dir),
-        "settings": config.to_dict(),
+        "settings": config.to_dict() | {"preset": config.preset},
         "dtype": str(target).removeprefix("torch."),
         "shard_size": shard_size,
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),

@@ -176,6 +176,16 @@ def within_reach(
     return config, ""
 
 
+def require_gpu_for_tuning(config: QuantizationConfig, device: torch.device) -> None:
+    """InputError for a preset's end-to-end tuning without a GPU; steps that somebody chose are not asked about."""
+    if config.tunes and device.type != "cuda":
+        raise InputError(
+            f"--preset {config.preset}: its end-to-end tuning takes days without a GPU, and this run computes on the "
+            "CPU; use --tune-steps 0 for all of the preset but the tuning (a number of steps of your own runs too), or "
+            "a GPU (--device cuda)"
+        )
+
+
 def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.device) -> None:
     """QuantizationError, before any work, if the tuning that `config` asks for does not fit the GPU."""
     if device.type != "cuda":

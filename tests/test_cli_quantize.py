@@ -82,7 +82,12 @@ def test_a_recipe_that_tunes_tells_how_far_it_is(model_dir: Path, texts: str, tm
     result = run(model_dir, "-o", output, "--dataset", texts, "--device", "cpu", "--preset", "best", *short)
     assert result.exit_code == 0, result.output
     settings = json.loads((output / "config.json").read_text())["quantization_config"]
-    assert (settings["preset"], settings["tune_steps"], settings["signed_scales"]) == ("best", 20, False)
+    assert settings["preset"] == (
+        "best, changed: signed_scales false, refine_sweeps 1, tune_steps 20, tune_batch 2, tune_written 2, "
+        "tune_block_steps 10"
+    )
+    assert f"recipe     gptq, preset {settings['preset']}" in result.stdout
+    assert (settings["tune_steps"], settings["signed_scales"]) == (20, False)
     assert (settings["tune_codes"], settings["damp_percent"], settings["refine_sweeps"]) == (True, 0.01, 1)
     assert settings["tune_block_steps"] == 10
     assert re.search(r"^blocks     [012] of 2 better for their tuning", result.stdout, flags=re.MULTILINE)
@@ -90,6 +95,20 @@ def test_a_recipe_that_tunes_tells_how_far_it_is(model_dir: Path, texts: str, tm
     assert re.search(r"^tuning     KL 0\.\d+ -> 0\.\d+ on 1 windows kept aside", result.stdout, flags=re.MULTILINE)
     assert re.search(r"^tune: 50%  elapsed 0:\d\d  left 0:\d\d  KL 0\.\d+$", result.stderr, flags=re.MULTILINE)
     assert "write text: 100%" in result.stderr and "full precision: 100%" in result.stderr
+
+
+def test_the_result_names_what_was_done_where_the_default_leaves_its_tuning_out(
+    model_dir: Path, texts: str, tmp_path: Path
+) -> None:
+    out, done = tmp_path / "out", "best, changed: tune_steps 0"
+    arguments = [str(model_dir), "-o", str(out), "--dataset", texts, "--n-samples", "3", "--device", "cpu", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["config"]["preset"] == done
+    assert json.loads((out / "quantize_log.json").read_text())["config"]["preset"] == done
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["preset"] == done
+    assert f"| method | gptq, preset {done} |" in (out / "README.md").read_text()
+    assert f": gptq, preset {done}; 4 bits" in result.stderr
 
 
 def test_json_is_one_object_on_stdout(model_dir: Path, texts: str, tmp_path: Path) -> None:
