@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import re
 import sys
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     import torch
 
 DATASETS = "demo, wikitext2, c4, redpajama, a file (.txt, .jsonl, .jsonl.gz, .parquet) or a hub id (owner/name)"
+# Steps that rough times are told in: a unit in seconds, and how many of it.
+_ROUGH: dict[str, tuple[int, tuple[int, ...]]] = {
+    "s": (1, (1, 2, 5, 10, 20, 30)),
+    "min": (60, (1, 2, 5, 10, 20, 30)),
+    "h": (3600, (1, 2, 5, 10)),
+    "days": (86400, (1, 2, 5, 10, 20, 50, 100)),
+}
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -105,6 +113,24 @@ def show_time(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def show_rough_time(seconds: float) -> str:
+    """Between what and what an estimate of `seconds` lies, for people: `2 to 5 min`, `10 to 20 h`."""
+    steps = [n * size for size, steps in _ROUGH.values() for n in steps]
+    low = max((step for step in steps if step <= 0.8 * seconds), default=0)
+    high = min((step for step in steps if step >= 1.25 * seconds), default=math.inf)
+    if low == 0:
+        return "a second or less" if high <= 1 else f"{_step(high)} or less"
+    if high == math.inf:
+        return f"{_step(low)} or more"
+    (first, one), (last, other) = _step(low).split(), _step(high).split()
+    return f"{first} to {last} {other}" if one == other else f"{first} {one} to {last} {other}"
+
+
+def _step(seconds: float) -> str:
+    unit = max((unit for unit, (size, _) in _ROUGH.items() if size <= seconds), key=lambda unit: _ROUGH[unit][0])
+    return f"{round(seconds / _ROUGH[unit][0])} {unit}"
 
 
 def with_error(value: float, error: float | None, form: str) -> str:

@@ -101,6 +101,7 @@ def _quantize(
     spill: str,
     max_gpu_memory: str | None,
     dry_run: bool,
+    gpu: str | None,
     device: str,
     revision: str | None,
     offline: bool,
@@ -135,6 +136,8 @@ def _quantize(
                 click.echo(json.dumps({"model": model} | read_json(output / LOG_FILE)))
             return
     shard_bytes = options.parse_size(shard_size)
+    if gpu is not None and not dry_run:
+        raise InputError(f"--gpu: got {gpu} for a run, which takes the GPU that is there; it goes with --dry-run")
     limit = options.parse_size(max_gpu_memory, "--max-gpu-memory") if max_gpu_memory else None
     place = None if spill == "auto" else spill
     way: dict[str, Any] = {
@@ -149,11 +152,18 @@ def _quantize(
     if dry_run:
         from marlin_gptq.cli import dry_run as dry
 
+        machine = dry.machine(device, gpu)
+        if machine.note:
+            display.say(f"note: {machine.note}")
+        if not recipe_chosen:
+            config = _within_reach(display, model_dir, config, machine, way | {"free": machine.memory})
+        elif not steps_chosen and config.tunes and machine.type == "cpu":
+            display.say(f"note: without a GPU --preset {config.preset} is refused, but for --tune-steps 0")
         found = dry.estimate(
             model_dir,
-            config if recipe_chosen else _within_reach(display, model_dir, config, options.torch_device(device), way),
+            config,
             dtype=dtype,
-            device=options.torch_device(device),
+            on=machine,
             n_samples=n_samples if method == "gptq" else 0,
             seq_len=seq_len,
             shard_size=shard_bytes,

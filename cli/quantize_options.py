@@ -11,6 +11,7 @@ import click
 from marlin_gptq.cli import techniques
 from marlin_gptq.cli.options import DATASETS
 from marlin_gptq.config import DEFAULT_PRESET, PRESETS
+from marlin_gptq.known_gpus import KNOWN
 
 EXAMPLES = """\b
 Examples:
@@ -147,6 +148,11 @@ _HOW: tuple[Callable[..., Any], ...] = (
         "--dry-run",
         is_flag=True,
         help="Read MODEL's config only; print types and sizes of the result, and estimates of memory and time.",
+    ),
+    click.option(
+        "--gpu",
+        type=click.Choice(list(KNOWN)),
+        help="With --dry-run: estimate for this GPU, which need not be here.  [default: the one here]",
     ),
 )
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from marlin_gptq.work_directory import WorkDirectory
 
 # They may differ when a run goes on: none of them changes the result.
-FREE = {"as_json", "debug", "offline", "overwrite", "resume", "work_dir", "dry_run", "spill", "processes"}
+FREE = {"as_json", "debug", "offline", "overwrite", "resume", "work_dir", "dry_run", "gpu", "spill", "processes"}
 
 
 def options_of(arguments: dict[str, Any]) -> dict[str, Any]:

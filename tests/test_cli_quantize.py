@@ -382,6 +382,9 @@ def test_what_people_read() -> None:
         "13.5 GB",
     ]
     assert [options.show_time(seconds) for seconds in (7.9, 754, 3723)] == ["0:07", "12:34", "1:02:03"]
+    rough = [options.show_rough_time(seconds) for seconds in (0.3, 1.2, 27, 180, 700, 9000, 86400, 10**8)]
+    assert rough[:4] == ["a second or less", "2 s or less", "20 s to 1 min", "2 to 5 min"]
+    assert rough[4:] == ["5 to 20 min", "2 to 5 h", "10 h to 2 days", "100 days or more"]
     assert failures.explain(click.Abort()) == ("interrupted", 2)
 
 
