@@ -37,7 +37,7 @@ What a format cannot hold is refused by name, before anything is written.
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(TARGETS),
+    type=options.Choice(TARGETS),
     help="Format of the result; original is a state dict of the original Marlin repository, one file.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory (or file) to write.")
@@ -48,7 +48,7 @@ What a format cannot hold is refused by name, before anything is written.
 )
 @click.option(
     "--gptq-version",
-    type=click.Choice(["1", "2"]),
+    type=options.Choice(["1", "2"]),
     help="How a GPTQ result stores zero points: 1 less one, 2 as they are.  [default: 1 if symmetric, else 2]",
 )
 @click.option("--shard-size", default="1GB", show_default=True, help="Largest size of a weight file.")

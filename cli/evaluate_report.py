@@ -11,6 +11,7 @@ from marlin_gptq.cli import failures, harness_options, options
 from marlin_gptq.cli.evaluate_tasks import HELP, Named, mmlu_tasks, run_models
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
+from marlin_gptq.text_sources import require_source
 
 EXAMPLES = """\b
 Examples:
@@ -52,7 +53,7 @@ Examples:
 )
 @click.option("--no-card", is_flag=True, help="Leave the model card (README.md in MODEL) as it is.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
+    "--dtype", type=options.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
     help="Computing dtype; auto is the model's on a GPU and float32 elsewhere.",
 )  # fmt: skip
 @options.model_options
@@ -62,16 +63,17 @@ def report(model: str, baseline: str | None, output: Path, as_json: bool, debug:
     if output.suffix == ".json":
         raise InputError(f"{output}: the figures go to a .json file beside the page; give a page: report.html")
     harness_options.require_output(output)
-    offline = arguments["offline"]
+    offline, datasets = arguments["offline"], _names(arguments["datasets"])
     directory, base = options.open_models(display.say, model, baseline, arguments["revision"], offline)
     harness_options.quiet_harness(display.say)
-    harness_options.use_offline(offline)
+    for dataset in datasets:
+        require_source(dataset, split="evaluation", offline=offline)
+    harness_options.use_offline(offline, display.say, hub=bool(_names(arguments["tasks"])))
 
     from marlin_gptq.eval import report as figures
     from marlin_gptq.eval.task_record import TaskRecord, versions
 
     where = options.torch_device(arguments["device"])
-    datasets = _names(arguments["datasets"])
     settings = {
         "datasets": datasets,
         "tasks": _names(arguments["tasks"]) + (["mmlu (CSV files)"] if arguments["data_dir"] else []),

@@ -14,6 +14,7 @@ from marlin_gptq.cli import failures, harness_options, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.task_tables import print_results, result_line
 from marlin_gptq.errors import InputError
+from marlin_gptq.near_names import near_path
 
 if TYPE_CHECKING:
     from marlin_gptq.eval.harness import Suite, TaskResult
@@ -133,11 +134,15 @@ def _begin(arguments: dict[str, Any]) -> tuple[Display, list[Named]]:
         raise InputError("MODEL: give either a model directory or hub id, or --pretrained with --marlin-checkpoint")
     harness_options.require_output(arguments["output"])
     if checkpoint is not None and not checkpoint.is_file():
-        raise InputError(f"{checkpoint}: no such file; --marlin-checkpoint wants a torch state dict")
+        meant = near_path(str(checkpoint)) or ";"
+        raise InputError(f"{checkpoint}: no such file{meant} --marlin-checkpoint wants a torch state dict")
     named, baseline, offline = model or base, arguments["baseline"], arguments["offline"]
-    directory, beside = options.open_models(display.say, named, baseline, arguments["revision"], offline)
+    compared = baseline if checkpoint is None else None  # a state dict is quantized whatever its base model is
+    directory, beside = options.open_models(display.say, named, compared, arguments["revision"], offline)
+    if baseline is not None and beside is None:
+        beside = options.find_model(display.say, baseline, None, offline)
     harness_options.quiet_harness(display.say)
-    harness_options.use_offline(offline)
+    harness_options.use_offline(offline, display.say, hub=arguments.get("data_dir") is None)
     options.torch_device(arguments["device"])
     models: list[Named] = [(str(checkpoint or named), directory, checkpoint)]
     if beside is not None:

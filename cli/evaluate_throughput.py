@@ -66,7 +66,7 @@ class Numbers(click.ParamType):
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed requests of each kind.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the tokens.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
+    "--dtype", type=options.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
     help="Computing dtype; auto is the model's on a GPU and float32 elsewhere.",
 )  # fmt: skip
 @options.model_options

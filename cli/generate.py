@@ -13,6 +13,7 @@ from marlin_gptq import __version__
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
+from marlin_gptq.near_names import near_path
 
 EXAMPLES = """\b
 Examples:
@@ -50,7 +51,7 @@ Examples:
 @click.option("--no-stream", is_flag=True, help="Print the text when it is whole.")
 @click.option("--no-graphs", is_flag=True, help="On a GPU: launch every kernel from Python, without a CUDA graph.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
+    "--dtype", type=options.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
     help="Computing dtype; auto is the model's on a GPU and float32 elsewhere.",
 )  # fmt: skip
 @options.model_options
@@ -137,7 +138,8 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
             return prompt_file.read_text("utf-8")
         return sys.stdin.read() if prompt == "-" else str(prompt)
     except FileNotFoundError as error:
-        raise InputError(f"{prompt_file}: no such file; --prompt-file wants a text file") from error
+        meant = near_path(str(prompt_file)) or ";"
+        raise InputError(f"{prompt_file}: no such file{meant} --prompt-file wants a text file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{prompt_file or 'stdin'}: not readable as UTF-8 text ({error})") from error
 

@@ -18,6 +18,7 @@ import click
 from marlin_gptq import register
 from marlin_gptq.errors import InputError
 from marlin_gptq.model_directory import local_directory, read_json, resolve_model
+from marlin_gptq.near_names import near
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +34,21 @@ _ROUGH: dict[str, tuple[int, tuple[int, ...]]] = {
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
+class Choice(click.Choice):
+    """One of several words; a near miss is told which it was."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            error.message = error.message.rstrip(".") + near(str(value), map(str, self.choices))
+            raise
+
+
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--device and `source_options`: where and how, alike for all commands that run a model."""
     device = click.option(
-        "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+        "--device", type=Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
         help="Where to compute; auto takes a GPU if there is one.",
     )  # fmt: skip
     return device(source_options(command))
@@ -152,8 +164,33 @@ def open_models(
     """The directories of MODEL and --baseline; the libraries are there behind it, and what is wrong was said before."""
     directory = find_model(say, model, revision, offline)
     base = None if baseline is None else find_model(say, baseline, None, offline)
+    if baseline is not None and base is not None:
+        require_baseline(say, model, directory, baseline, base)
     load_libraries(say)
     return directory, base
+
+
+def require_baseline(say: Callable[[str], None], model: str, directory: Path, baseline: str, base: Path) -> None:
+    """InputError where MODEL and --baseline stand in each other's place; a warning where they are of two models."""
+    one, other = read_json(directory / "config.json"), read_json(base / "config.json")
+    if "quantization_config" in other and "quantization_config" not in one:
+        raise InputError(
+            f"--baseline: got {baseline}, which is quantized, for {model}, which is not; the two have changed places: "
+            f"give {baseline} --baseline {model}"
+        )
+    differing = [
+        f"{key} {mine} and {theirs}"
+        for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+        if (mine := _setting(one, key)) != (theirs := _setting(other, key))
+    ]
+    if differing:
+        say(f"warning: --baseline {baseline} is not the model that {model} was made from: {', '.join(differing)}")
+
+
+def _setting(config: dict[str, Any], key: str) -> Any:
+    """Of a model with several parts, that of its text part."""
+    inner = config.get("text_config")
+    return inner[key] if isinstance(inner, dict) and key in inner else config.get(key)
 
 
 def find_model(

@@ -20,6 +20,7 @@ from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.model_directory import read_json
 from marlin_gptq.overrides import read_overrides
+from marlin_gptq.text_sources import require_source
 
 if TYPE_CHECKING:
     from marlin_gptq.work_directory import WorkDirectory
@@ -148,6 +149,8 @@ def _quantize(
     if not dry_run:
         require_free_name(output, overwrite)
     model_dir = options.find_model(display.say, model, revision, offline, config_only=dry_run)
+    if not dry_run and work is None and method == "gptq" and team.leads:
+        require_source(dataset, split="calibration", offline=offline)
     options.load_libraries(display.say)
     if dry_run:
         from marlin_gptq.cli import dry_run as dry

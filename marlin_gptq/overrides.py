@@ -18,6 +18,7 @@ import yaml
 
 from marlin_gptq.config import Override, QuantizationConfig
 from marlin_gptq.errors import InputError
+from marlin_gptq.near_names import near_path
 
 SETTINGS = ("bits", "group_size", "skip")
 
@@ -27,7 +28,8 @@ def read_overrides(path: Path) -> tuple[Override, ...]:
     try:
         content = yaml.load(path.read_text("utf-8"), Loader=_Loader)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; --config takes a YAML file of per-module settings") from error
+        meant = near_path(str(path)) or ";"
+        raise InputError(f"{path}: no such file{meant} --config takes a YAML file of per-module settings") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
