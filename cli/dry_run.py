@@ -51,12 +51,10 @@ def machine(device: str, gpu: str | None) -> Machine:
         return Machine("cuda", known.title, known.memory, known.products, note)
     where = options.torch_device(device)
     if where.type == "cpu":
-        return Machine("cpu", "CPU", None, products_per_second(where))
+        return Machine("cpu", "CPU", None, _products(where))
     from marlin_gptq.device_memory import free_bytes
 
-    title = torch.cuda.get_device_name(where)
-    known = named(title)
-    return Machine("cuda", title, free_bytes(where), known.products if known else products_per_second(where))
+    return Machine("cuda", torch.cuda.get_device_name(where), free_bytes(where), _products(where))
 
 
 def estimate(
@@ -206,6 +204,30 @@ def _tuning(model_dir: Path, config: QuantizationConfig) -> dict[str, int]:
         "least_gpu_bytes": least,
         "most_gpu_bytes": most,
     }
+
+
+def expected_seconds(
+    model_dir: Path, config: QuantizationConfig, samples: list[Any], device: torch.device, processes: int
+) -> list[float]:
+    """Rough seconds of each block of a run on this device; nothing for rounding, which takes hardly any."""
+    from marlin_gptq.estimated_time import block_seconds
+    from marlin_gptq.job import Job
+    from marlin_gptq.modeling.outline import outline
+
+    if not samples:
+        return []
+    sizes, cuda = [sample.numel() for sample in samples], device.type == "cuda"
+    job = Job.of(config, sum(sizes), max(sizes), 2 if cuda else 4, 0)
+    found = block_seconds(outline(model_dir, config), job, _products(device), staged=config.true_sequential)
+    return [seconds / processes for seconds in found]
+
+
+def _products(device: torch.device) -> float:
+    """Of a GPU that is known by its name what the table says, else measured."""
+    import torch
+
+    known = named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known.products if known else products_per_second(device)
 
 
 def products_per_second(device: torch.device) -> float:

@@ -223,7 +223,10 @@ def _quantize(
             kept.arguments["calibration"] = calibration
         into = output if to == "marlin" else staging_directory(output)
         display.say(f"quantizing {model} on {where.type}: {config.recipe}; 4 bits, group size {config.group_size}")
-        with display.quantizing() as progress:
+        from marlin_gptq.cli.dry_run import expected_seconds
+
+        expected = expected_seconds(model_dir, config, samples, where, team.size) if team.leads else []
+        with display.quantizing(expected) as progress:
             report = quantize_model(
                 model_dir,
                 into,
