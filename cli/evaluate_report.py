@@ -63,6 +63,9 @@ def report(model: str, baseline: str | None, output: Path, as_json: bool, debug:
     if output.suffix == ".json":
         raise InputError(f"{output}: the figures go to a .json file beside the page; give a page: report.html")
     harness_options.require_output(output)
+    figures_file, speeds = output.with_suffix(".json"), arguments["throughput"]
+    if speeds is not None and speeds.exists() and figures_file.exists() and figures_file.samefile(speeds):
+        raise InputError(f"{output}: its figures go to {figures_file}, the file of --throughput; give another --output")
     offline, datasets = arguments["offline"], _names(arguments["datasets"])
     directory, base = options.open_models(display.say, model, baseline, arguments["revision"], offline)
     harness_options.quiet_harness(display.say)

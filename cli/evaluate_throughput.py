@@ -27,12 +27,6 @@ PROTOCOL = (
     "random tokens, {prompt} in and {new_tokens} out, greedy; medians of {repeats} after one that is not counted; "
     "decode counts the tokens after the first"
 )
-MEANINGS = {
-    "eager": "kernels launched from Python, growing cache",
-    "graphs": "fixed cache, each decode step one CUDA graph",
-    "compile": "fixed cache, decode step through torch.compile",
-    "compile+graphs": "fixed cache, decode step through torch.compile, then one CUDA graph",
-}
 
 
 class Numbers(click.ParamType):
@@ -188,6 +182,8 @@ def print_table(content: dict[str, Any]) -> None:
     """The figures on stdout."""
     from rich.markup import escape
     from rich.table import Table
+
+    from marlin_gptq.eval.throughput import MEANINGS
 
     columns = (
         "model",
