@@ -45,13 +45,22 @@ class Interrupted(Exception):
     """Ctrl-C, with a sentence on what it left behind."""
 
 
+_alone = False
+
+
+def alone() -> bool:
+    """Whether this process is for one command alone, which was not called from another program."""
+    return _alone
+
+
 def _run(
     click_main: Any, args: list[str] | None = None, *rest: Any, unused: tuple[str, ...] = (), **kwargs: Any
 ) -> Any:
     arguments = list(sys.argv[1:] if args is None else args)
     if not kwargs.pop("standalone_mode", True):
         return click_main(arguments, *rest, standalone_mode=False, **kwargs)
-    own = args is None  # this process is for the command alone: it was not called from another program
+    global _alone
+    own = _alone = args is None
     try:
         if own and "transformers" not in sys.modules:  # else it has looked for them already
             for package in unused:

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from marlin_gptq import register
+from marlin_gptq.cli import failures
 from marlin_gptq.errors import InputError
 from marlin_gptq.model_directory import local_directory, read_json, resolve_model
 from marlin_gptq.near_names import near
@@ -41,8 +41,8 @@ class Choice(click.Choice):
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
-            error.message = error.message.rstrip(".") + near(str(value), map(str, self.choices))
-            raise
+            meant = near(str(value), map(str, self.choices))
+            raise click.BadParameter(f"{error.message.rstrip('.')}{meant}", ctx=ctx, param=param) from error
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -233,7 +233,7 @@ def load_libraries(say: Callable[[str], None]) -> None:
     from transformers.utils import logging as theirs
 
     theirs.disable_progress_bar()
-    if "marlin_gptq_command" in sys.modules:  # this process is for the command alone
+    if failures.alone():
         gc.freeze()  # they are millions of objects, which no collection needs to walk through
 
 

@@ -64,7 +64,7 @@ def _solving(block: BlockOutline, job: Job) -> float:
     if job.beams > 1:  # what the K-best search takes more than GPTQ
         candidates += BEAM_TRIES * job.beams
         updates += 0.5 * (job.beams - 1)
-    products = sum((3 if job.act_order == "columns" else 2) * features**3 for _, features in inputs_of(block))
+    products: float = sum((3 if job.act_order == "columns" else 2) * features**3 for _, features in inputs_of(block))
     for x in block.quantized:
         products += x.out_features * x.in_features * (updates * x.in_features + candidates * TRY_PRODUCTS)
     return products

@@ -80,9 +80,10 @@ def hub_silence() -> str:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import get_session
 
+    failures: Any = (OSError, *HfHubHTTPError.__bases__)  # of which one is the HTTP library's own
     try:
         get_session().head(constants.ENDPOINT, timeout=_ANSWER_SECONDS)
-    except (OSError, *HfHubHTTPError.__bases__) as error:
+    except failures as error:
         return str(error).strip().split("\n")[0] or type(error).__name__
     return ""
 

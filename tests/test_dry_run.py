@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from helpers import EXPERT_MODELS, SEVEN_B, config_only, save_tiny_model
 
+from marlin_gptq.cli.dry_run import products_per_second
 from marlin_gptq.cli.quantize import main
-from marlin_gptq.known_gpus import KNOWN
+from marlin_gptq.known_gpus import KNOWN, named
 
 
 def dry(*arguments: object) -> str:
@@ -104,3 +106,16 @@ def test_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
             main, [str(argument) for argument in (model, "--dry-run", "--preset", "marlin", *arguments)]
         )
         assert result.exit_code == 2 and sentence in result.stderr, result.output
+
+
+@pytest.mark.gpu
+def test_dry_run_on_the_gpu_that_is_here(tmp_path: Path) -> None:
+    """Its memory is asked, its rate known by its name, or measured and rounded: the same at each call."""
+    model = config_only(tmp_path / "model", **SEVEN_B)
+    first, second = (json.loads(dry(model, "--device", "cuda", "--json")) for _ in range(2))
+    assert first["seconds"] == second["seconds"] > 0
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert first["machine"] == torch.cuda.get_device_name() and 0 < first["gpu_bytes"] <= total
+    measured = products_per_second(torch.device("cuda"))
+    known = named(torch.cuda.get_device_name())
+    assert known is None or 0.4 < measured / known.products < 4
