@@ -11,8 +11,7 @@ import click
 from marlin_gptq import __version__
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
-from marlin_gptq.destination import require_destination
-from marlin_gptq.model_directory import resolve_model
+from marlin_gptq.destination import conversion_inputs, require_destination
 
 TARGETS = ("marlin", "gptq", "awq", "compressed-tensors", "original")
 EXAMPLES = """\b
@@ -29,6 +28,7 @@ What a format cannot hold is refused by name, before anything is written.
 @click.command(
     "marlin-convert",
     cls=failures.Command,
+    unused=failures.UNUSED,
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -36,7 +36,7 @@ What a format cannot hold is refused by name, before anything is written.
 @click.option(
     "--to",
     required=True,
-    type=click.Choice(TARGETS),
+    type=options.Choice(TARGETS),
     help="Format of the result; original is a state dict of the original Marlin repository, one file.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory (or file) to write.")
@@ -47,7 +47,7 @@ What a format cannot hold is refused by name, before anything is written.
 )
 @click.option(
     "--gptq-version",
-    type=click.Choice(["1", "2"]),
+    type=options.Choice(["1", "2"]),
     help="How a GPTQ result stores zero points: 1 less one, 2 as they are.  [default: 1 if symmetric, else 2]",
 )
 @click.option("--shard-size", default="1GB", show_default=True, help="Largest size of a weight file.")
@@ -76,18 +76,18 @@ def _convert(
     as_json: bool,
     debug: bool,
 ) -> None:
-    from marlin_gptq.conversion.convert import convert_checkpoint, sources
-
     display = Display()
-    options.quiet_libraries(display.say)
     shard_bytes = options.parse_size(shard_size)
-    path, base_path, file = Path(model), None if base is None else Path(base), to == "original"
+    path, file = Path(model), to == "original"
+    inputs = conversion_inputs(path, None if base is None else Path(base))
     if path.exists() or not overwrite:  # else its files must be known first: what are copies of them?
-        require_destination(output, overwrite=overwrite, inputs=sources(path, base_path), file=file)
-    if not path.is_file():
-        path = resolve_model(model, revision=revision, offline=offline)
-    base_dir = None if base is None else resolve_model(base, offline=offline)
-    require_destination(output, overwrite=overwrite, inputs=sources(path, base_dir), file=file)
+        require_destination(output, overwrite=overwrite, inputs=inputs, file=file)
+    path = options.find_checkpoint(display.say, model, revision, offline)
+    base_dir = None if base is None else options.find_model(display.say, base, None, offline)
+    require_destination(output, overwrite=overwrite, inputs=conversion_inputs(path, base_dir), file=file)
+    options.load_libraries(display.say)
+    from marlin_gptq.conversion.convert import convert_checkpoint
+
     with display.counting("convert") as progress:
         report = convert_checkpoint(
             path,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from marlin_gptq.cli.options import context_length, show_size, show_time
+from marlin_gptq.cli import options
+from marlin_gptq.cli.options import context_length, show_rough_time, show_size
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.errors import InputError
+from marlin_gptq.known_gpus import KNOWN, USUAL, named
 from marlin_gptq.model_directory import read_json
 
 if TYPE_CHECKING:
@@ -20,12 +24,45 @@ MEAN_TOKENS = 1000
 TIMED_SECONDS = 0.1
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a run is estimated for: cuda or cpu, what people call it, bytes of GPU memory, and multiplications a second.
+
+    note  what is assumed about it, "" for nothing.
+    """
+
+    type: str
+    title: str
+    memory: int | None
+    products: float
+    note: str = ""
+
+
+def machine(device: str, gpu: str | None) -> Machine:
+    """That of --device and --gpu; for cuda without a GPU here it is the usual one. InputError where they contradict."""
+    import torch
+
+    if gpu is not None and device == "cpu":
+        raise InputError(f"--gpu: got {gpu} beside --device cpu; leave one of the two out")
+    if gpu is not None or (device == "cuda" and not torch.cuda.is_available()):
+        known = KNOWN[gpu or USUAL]
+        others = ", ".join(name for name in KNOWN if name != USUAL)
+        note = "" if gpu else f"there is no GPU here: estimated for one {known.title}; --gpu names another ({others})"
+        return Machine("cuda", known.title, known.memory, known.products, note)
+    where = options.torch_device(device)
+    if where.type == "cpu":
+        return Machine("cpu", "CPU", None, _products(where))
+    from marlin_gptq.device_memory import free_bytes
+
+    return Machine("cuda", torch.cuda.get_device_name(where), free_bytes(where), _products(where))
+
+
 def estimate(
     model_dir: Path,
     config: QuantizationConfig,
     *,
     dtype: str,
-    device: torch.device,
+    on: Machine,
     n_samples: int,
     seq_len: int | None,
     shard_size: int,
@@ -39,15 +76,15 @@ def estimate(
     Memory and seconds are those of the pass over the blocks; "tuning", null without one, is what comes after it.
     "tuned_blocks_least_gpu_bytes", null without that tuning, must be free: with it a run makes do, more slowly.
 
-    Without a GPU here, GPU memory is estimated all the same. InputError where the model cannot be quantized as asked,
-    or not within the limit.
+    Where it is to run on a CPU, GPU memory is estimated all the same. InputError where the model cannot be quantized as
+    asked, or not within the limit.
     """
     from marlin_gptq.calibration import sequence_length
     from marlin_gptq.estimated_size import stored_tensors
     from marlin_gptq.estimated_time import seconds
     from marlin_gptq.estimates import SIDE_BY_SIDE, memory, memory_on_cpu
     from marlin_gptq.job import Job, Plan
-    from marlin_gptq.memory_plan import plan_within, tuning_needs
+    from marlin_gptq.memory_plan import plan_within, tuning_needs, usual_plan
     from marlin_gptq.modeling.outline import outline
     from marlin_gptq.overrides import require_matches
     from marlin_gptq.requirements import require_combination
@@ -74,22 +111,26 @@ def estimate(
     plan = Plan(place, side_by_side=SIDE_BY_SIDE, staged=config.true_sequential and place == "device")
     if limit is not None:
         plan = plan_within(made, job(2), limit, spill)
+    elif on.memory is not None:
+        plan = usual_plan(made, job(2), on.memory, spill)
     gpu = memory(made, job(2), plan)
     here = resident_bytes()
     cpu_plan = Plan("disk" if spill == "disk" else "device", staged=config.true_sequential and spill != "disk")
     on_cpu = memory_on_cpu(made, job(4), cpu_plan)
-    cuda = device.type == "cuda"
+    cuda = on.type == "cuda"
     return {
         "tensors": tensors,
         "output_bytes": sum(entry["bytes"] for entry in tensors),
         "calibration_tokens": tokens,
         "longest_sample": longest,
-        "device": device.type,
+        "device": on.type,
+        "machine": on.title,
+        "gpu_bytes": on.memory,
         "peak_gpu_bytes": gpu.device,
         "peak_gpu_phase": gpu.phase,
         "peak_host_bytes": here + (2 * gpu.host if cuda else on_cpu),
         "host_bytes_now": here,
-        "seconds": seconds(made, job(2 if cuda else 4), *rates(device), staged=(plan if cuda else cpu_plan).staged),
+        "seconds": seconds(made, job(2 if cuda else 4), on.products, staged=(plan if cuda else cpu_plan).staged),
         "tuned_blocks_least_gpu_bytes": tuning_needs(made, job(2), Plan("host", tuned_tokens=0)) or None,
         "tuning": _tuning(model_dir, config) if config.tunes else None,
         "plan": {
@@ -114,15 +155,18 @@ def shown(found: dict[str, Any]) -> str:
         for (name, shape, kind), sizes in kinds.items()
     ]
     plan, cuda = found["plan"], found["device"] == "cuda"
+    taken = round(found["host_bytes_now"], -8)  # the last digits change from call to call, and say nothing
+    host = found["peak_host_bytes"] - found["host_bytes_now"] + taken
     lines += [
         "",
         f"result       {show_size(found['output_bytes'])} in {len(found['tensors'])} tensors",
         f"calibration  {found['calibration_tokens']} tokens (documents of {MEAN_TOKENS} on average), the longest "
         f"{found['longest_sample']}",
         f"GPU memory   {show_size(found['peak_gpu_bytes'])}, at its peak in the {found['peak_gpu_phase']} phase"
-        + ("" if cuda else " (if it ran on a GPU)"),
-        f"host memory  {show_size(found['peak_host_bytes'])}, {show_size(found['host_bytes_now'])} of it taken already",
-        f"time         about {show_time(found['seconds'])} on this {found['device']}, loading and saving aside",
+        + (_beside(found) if cuda else " (if it ran on a GPU)"),
+        f"host memory  {show_size(host)}, {show_size(taken)} of it taken already",
+        f"time         about {show_rough_time(found['seconds'])} on {'one' if cuda else 'this'} {found['machine']}, "
+        "loading and saving aside",
         f"plan         activations in {plan['place']} memory"
         + (f", {plan['rows']} rows at once" if plan["rows"] else "")
         + (", Hessians in several passes" if plan["hessian_bytes"] else ""),
@@ -141,6 +185,13 @@ def shown(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _beside(found: dict[str, Any]) -> str:
+    """How the peak stands to the memory of the GPU."""
+    if found["peak_gpu_bytes"] <= found["gpu_bytes"]:
+        return f" (of {show_size(found['gpu_bytes'])})"
+    return f": more than the {show_size(found['gpu_bytes'])} of it, give --max-gpu-memory to make do with less"
+
+
 def _tuning(model_dir: Path, config: QuantizationConfig) -> dict[str, int]:
     from marlin_gptq.requirements import tuned_sizes
     from marlin_gptq.tuning.memory import needed_bytes
@@ -157,31 +208,52 @@ def _tuning(model_dir: Path, config: QuantizationConfig) -> dict[str, int]:
     }
 
 
-def rates(device: torch.device) -> tuple[float, float]:
-    """(multiplications of a matrix product, weights tried at one clipping ratio) per second, timed for a moment."""
+def expected_seconds(
+    model_dir: Path, config: QuantizationConfig, samples: list[Any], device: torch.device, processes: int
+) -> list[float]:
+    """Rough seconds of each block of a run on this device; nothing for rounding, which takes hardly any."""
+    from marlin_gptq.estimated_time import block_seconds
+    from marlin_gptq.job import Job
+    from marlin_gptq.modeling.outline import outline
+
+    if not samples:
+        return []
+    sizes, cuda = [sample.numel() for sample in samples], device.type == "cuda"
+    job = Job.of(config, sum(sizes), max(sizes), 2 if cuda else 4, 0)
+    found = block_seconds(outline(model_dir, config), job, _products(device), staged=config.true_sequential)
+    return [seconds / processes for seconds in found]
+
+
+def _products(device: torch.device) -> float:
+    """Of a GPU that is known by its name what the table says, else measured."""
     import torch
 
-    from marlin_gptq.quantization.grid import CLIP_RATIOS, clipped_scale
-    from marlin_gptq.quantization.loops import inner_loops
+    known = named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return known.products if known else products_per_second(device)
+
+
+def products_per_second(device: torch.device) -> float:
+    """Multiplications that this device does in a second in a large matrix product: about, and the same at each call.
+
+    The quickest of many short products is what the device can do, whatever else it does meanwhile: on a CPU of one
+    thread, times their number. Of that only the power of two below counts, and stands for all up to the next.
+    """
+    import torch
 
     cuda = device.type == "cuda"
-    size, dtype = (4096, torch.bfloat16) if cuda else (512, torch.float32)
+    size, dtype = (4096, torch.bfloat16) if cuda else (256, torch.float32)
     matrix = torch.ones(size, size, dtype=dtype, device=device)
-    weight = torch.ones(4096 if cuda else 256, 128, device=device)
-    upper = torch.eye(128, device=device)
-    products = _calls_per_second(lambda: (matrix @ matrix)[0, 0]) * size**3
-    search = inner_loops(device, 128, 128, torch.float16).best_scales
-    clipped = _calls_per_second(lambda: clipped_scale(weight, upper, torch.float16, search=search)[0, 0])
-    return products, clipped * weight.numel() * len(CLIP_RATIOS)
-
-
-def _calls_per_second(call: Callable[[], torch.Tensor]) -> float:
-    float(call())  # warms up
-    started, calls = time.perf_counter(), 0
-    while time.perf_counter() - started < TIMED_SECONDS:
-        float(call())
-        calls += 1
-    return calls / (time.perf_counter() - started)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    best, until = math.inf, time.perf_counter() + TIMED_SECONDS
+    try:
+        while time.perf_counter() < until:
+            started = time.perf_counter()
+            float((matrix @ matrix)[0, 0])
+            best = min(best, time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 ** (math.floor(math.log2(size**3 / best / 1e9)) + 0.5) * 1e9 * (1 if cuda else threads)
 
 
 def resident_bytes() -> int:

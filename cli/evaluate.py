@@ -11,7 +11,7 @@ import click
 from marlin_gptq import __version__
 from marlin_gptq.cli import evaluate_report, evaluate_tasks, evaluate_throughput, failures, options
 from marlin_gptq.cli.progress import Display
-from marlin_gptq.model_directory import resolve_model
+from marlin_gptq.text_sources import require_source
 
 if TYPE_CHECKING:
     from marlin_gptq.eval.divergence import Comparison, Divergence
@@ -75,7 +75,7 @@ for command in (
 @click.option("--limit", type=click.IntRange(1), help="Only the first windows: for tests, no true figure.")
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "float16", "bfloat16", "float32"]),
+    type=options.Choice(["auto", "float16", "bfloat16", "float32"]),
     default="auto",
     show_default=True,
     help="Computing dtype; auto is the model's on a GPU and float32 elsewhere.",
@@ -103,15 +103,14 @@ def perplexity(
     With --baseline also the KL divergence of MODEL's next-token distributions from the baseline's, and how often both
     put the same token first.
     """
+    display = Display()
+    require_source(dataset, split="evaluation", offline=offline)
+    directory, base = options.open_models(display.say, model, baseline, revision, offline)
     from marlin_gptq.calibration import DEFAULT_SEQ_LEN, sequence_length
     from marlin_gptq.eval.divergence import compare_models
     from marlin_gptq.eval.perplexity import evaluate_perplexity
 
-    display = Display()
-    options.quiet_libraries(display.say)
     where, computing = options.torch_device(device), options.torch_dtype(dtype)
-    directory = resolve_model(model, revision=revision, offline=offline)
-    base = None if baseline is None else resolve_model(baseline, offline=offline)
     contexts = [length for path in (directory, base) if path and (length := options.context_length(path))]
     length = sequence_length(seq_len, min(contexts, default=None))
     if seq_len is None and length < DEFAULT_SEQ_LEN:

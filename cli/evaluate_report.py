@@ -12,7 +12,7 @@ from marlin_gptq.cli.evaluate_tasks import HELP, Named, mmlu_tasks, run_models
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
 from marlin_gptq.eval.result_files import require_as_asked, require_result_file, write_json, write_text
-from marlin_gptq.model_directory import resolve_model
+from marlin_gptq.text_sources import require_source
 
 EXAMPLES = """\b
 Examples:
@@ -54,7 +54,7 @@ Examples:
 )
 @click.option("--no-card", is_flag=True, help="Leave the model card (README.md in MODEL) as it is.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
+    "--dtype", type=options.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
     help="Computing dtype; auto is the model's on a GPU and float32 elsewhere.",
 )  # fmt: skip
 @options.model_options
@@ -63,20 +63,22 @@ def report(model: str, baseline: str | None, output: Path, as_json: bool, debug:
     display = Display()
     if output.suffix == ".json":
         raise InputError(f"{output}: the figures go to a .json file beside the page; give a page: report.html")
-    for file in (output, output.with_suffix(".json")):
+    figures_file, speeds = output.with_suffix(".json"), arguments["throughput"]
+    if speeds is not None and speeds.exists() and figures_file.exists() and figures_file.samefile(speeds):
+        raise InputError(f"{output}: its figures go to {figures_file}, the file of --throughput; give another --output")
+    for file in (output, figures_file):
         require_result_file(file)
+    offline, datasets = arguments["offline"], _names(arguments["datasets"])
+    directory, base = options.open_models(display.say, model, baseline, arguments["revision"], offline)
     harness_options.quiet_harness(display.say)
-    options.quiet_libraries(display.say)
-    offline = arguments["offline"]
-    harness_options.use_offline(offline)
+    for dataset in datasets:
+        require_source(dataset, split="evaluation", offline=offline)
+    harness_options.use_offline(offline, display.say, hub=bool(_names(arguments["tasks"])))
 
     from marlin_gptq.eval import report as figures
     from marlin_gptq.eval.task_record import TaskRecord, versions
 
-    directory = resolve_model(model, revision=arguments["revision"], offline=offline)
-    base = None if baseline is None else resolve_model(baseline, offline=offline)
     where = options.torch_device(arguments["device"])
-    datasets = _names(arguments["datasets"])
     settings = {
         "datasets": datasets,
         "tasks": _names(arguments["tasks"]) + (["mmlu (CSV files)"] if arguments["data_dir"] else []),

@@ -15,7 +15,7 @@ from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.task_tables import print_results, result_line
 from marlin_gptq.errors import InputError
 from marlin_gptq.eval.result_files import require_as_asked, require_result_file
-from marlin_gptq.model_directory import resolve_model
+from marlin_gptq.near_names import near_path
 
 if TYPE_CHECKING:
     from marlin_gptq.eval.harness import Suite, TaskResult
@@ -96,6 +96,9 @@ def mmlu(data_dir: Path | None, subjects: str, **arguments: Any) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval(arguments: tuple[str, ...]) -> None:
     """lm-eval itself, with every option it has and the model `marlin`; its arguments follow `--`."""
+    display = Display()
+    display.say("starting lm-eval")
+    options.load_libraries(display.say)
     from lm_eval.__main__ import cli_evaluate
 
     from marlin_gptq.eval.harness_model import marlin_model_class
@@ -132,19 +135,20 @@ def _begin(arguments: dict[str, Any]) -> tuple[Display, list[Named]]:
         raise InputError("MODEL: give either a model directory or hub id, or --pretrained with --marlin-checkpoint")
     if arguments["output"] is not None:
         require_result_file(arguments["output"])
-    harness_options.quiet_harness(display.say)
-    options.quiet_libraries(display.say)
-    offline = arguments["offline"]
-    harness_options.use_offline(offline)
-    options.torch_device(arguments["device"])
     if checkpoint is not None and not checkpoint.is_file():
-        raise InputError(f"{checkpoint}: no such file; --marlin-checkpoint wants a torch state dict")
-    named = model or base
-    models: list[Named] = [
-        (str(checkpoint or named), resolve_model(named, revision=arguments["revision"], offline=offline), checkpoint)
-    ]
-    if arguments["baseline"] is not None:
-        models.append((arguments["baseline"], resolve_model(arguments["baseline"], offline=offline), None))
+        meant = near_path(str(checkpoint)) or ";"
+        raise InputError(f"{checkpoint}: no such file{meant} --marlin-checkpoint wants a torch state dict")
+    named, baseline, offline = model or base, arguments["baseline"], arguments["offline"]
+    compared = baseline if checkpoint is None else None  # a state dict is quantized whatever its base model is
+    directory, beside = options.open_models(display.say, named, compared, arguments["revision"], offline)
+    if baseline is not None and beside is None:
+        beside = options.find_model(display.say, baseline, None, offline)
+    harness_options.quiet_harness(display.say)
+    harness_options.use_offline(offline, display.say, hub=arguments.get("data_dir") is None)
+    options.torch_device(arguments["device"])
+    models: list[Named] = [(str(checkpoint or named), directory, checkpoint)]
+    if beside is not None:
+        models.append((baseline, beside, None))
     return display, models
 
 

@@ -13,7 +13,6 @@ from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.evaluate_tasks import HELP
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import resolve_model
 
 if TYPE_CHECKING:
     from marlin_gptq.eval.throughput import Request
@@ -28,12 +27,6 @@ PROTOCOL = (
     "random tokens, {prompt} in and {new_tokens} out, greedy; medians of {repeats} after one that is not counted; "
     "decode counts the tokens after the first"
 )
-MEANINGS = {
-    "eager": "kernels launched from Python, growing cache",
-    "graphs": "fixed cache, each decode step one CUDA graph",
-    "compile": "fixed cache, decode step through torch.compile",
-    "compile+graphs": "fixed cache, decode step through torch.compile, then one CUDA graph",
-}
 
 
 class Numbers(click.ParamType):
@@ -67,7 +60,7 @@ class Numbers(click.ParamType):
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Timed requests of each kind.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the tokens.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
+    "--dtype", type=options.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
     help="Computing dtype; auto is the model's on a GPU and float32 elsewhere.",
 )  # fmt: skip
 @options.model_options
@@ -77,12 +70,11 @@ def throughput(model: str, baseline: str | None, as_json: bool, debug: bool, **a
     The model runs alone on one device, as transformers runs it; with --baseline the other one after it, alike.
     """
     display = Display()
-    options.quiet_libraries(display.say)
+    directory, beside = options.open_models(display.say, model, baseline, arguments["revision"], arguments["offline"])
     where, computing = options.torch_device(arguments["device"]), options.torch_dtype(arguments["dtype"])
-    offline = arguments["offline"]
-    named = [(model, resolve_model(model, revision=arguments["revision"], offline=offline))]
-    if baseline is not None:
-        named.append((baseline, resolve_model(baseline, offline=offline)))
+    named = [(model, directory)]
+    if baseline is not None and beside is not None:
+        named.append((baseline, beside))
 
     from marlin_gptq.eval.throughput import Request, require_room
     from marlin_gptq.modeling.architecture import read_config
@@ -190,6 +182,8 @@ def print_table(content: dict[str, Any]) -> None:
     """The figures on stdout."""
     from rich.markup import escape
     from rich.table import Table
+
+    from marlin_gptq.eval.throughput import MEANINGS
 
     columns = (
         "model",

@@ -18,13 +18,15 @@ from marlin_gptq.errors import MarlinGPTQError
 from marlin_gptq.placement import recover
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What transformers has for assisted generation and for the losses of object detection.
+UNUSED = ("sklearn", "scipy")
 
 
 class Command(click.Command):
     """A click command that ends every failure in one sentence; --debug shows the traceback before it.
 
-    unused  packages that others import where they find them, and that take a second each: a process that is for this
-            command alone does not find them.
+    unused  packages that transformers imports where it finds them, and that take up to a second each: a process that is
+            for this command alone does not find them.
     """
 
     def __init__(self, *args: Any, unused: tuple[str, ...] = (), **kwargs: Any) -> None:
@@ -105,20 +107,28 @@ def _signals_as_exceptions() -> Iterator[list[int]]:
             signal.signal(each, handler)
 
 
+_alone = False
+
+
+def alone() -> bool:
+    """Whether this process is for one command alone, which was not called from another program."""
+    return _alone
+
+
 def _run(
     click_main: Any, args: list[str] | None = None, *rest: Any, unused: tuple[str, ...] = (), **kwargs: Any
 ) -> Any:
     arguments = list(sys.argv[1:] if args is None else args)
     if not kwargs.pop("standalone_mode", True):
         return click_main(arguments, *rest, standalone_mode=False, **kwargs)
-    own = args is None  # this process is for the command alone: it was not called from another program
+    global _alone
+    own = _alone = args is None
     signals: AbstractContextManager[list[int]] = _signals_as_exceptions() if own else nullcontext([])
     with signals as ended:
         try:
-            if own:
+            if own and "transformers" not in sys.modules:  # else it has looked for them already
                 for package in unused:
                     sys.modules.setdefault(package, None)  # type: ignore[arg-type]
-                gc.freeze()  # torch and transformers are millions of objects, which no collection needs to walk through
             sys.exit(click_main(arguments, *rest, standalone_mode=False, **kwargs) or 0)
         except Exception as error:  # the outermost frame: the rest is a bug of ours
             sentence, code = explain(error)

@@ -13,7 +13,7 @@ from marlin_gptq import __version__
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import resolve_model
+from marlin_gptq.near_names import near_path
 from marlin_gptq.text_files import utf8
 
 EXAMPLES = """\b
@@ -28,6 +28,7 @@ Examples:
 @click.command(
     "marlin-generate",
     cls=failures.Command,
+    unused=failures.UNUSED,
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -51,7 +52,7 @@ Examples:
 @click.option("--no-stream", is_flag=True, help="Print the text when it is whole.")
 @click.option("--no-graphs", is_flag=True, help="On a GPU: launch every kernel from Python, without a CUDA graph.")
 @click.option(
-    "--dtype", type=click.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
+    "--dtype", type=options.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto", show_default=True,
     help="Computing dtype; auto is the model's on a GPU and float32 elsewhere.",
 )  # fmt: skip
 @options.model_options
@@ -85,9 +86,9 @@ def _generate(
 ) -> None:
     text = read_prompt(prompt, prompt_file)
     display = Display()
-    options.quiet_libraries(display.say)
+    directory = options.find_model(display.say, model, revision, offline)
+    options.load_libraries(display.say)
     where, computing = options.torch_device(device), options.torch_dtype(dtype)
-    directory = resolve_model(model, revision=revision, offline=offline)
 
     from marlin_gptq.calibration import load_tokenizer
     from marlin_gptq.eval.generation import Generation, continue_text, has_chat_template, prompt_ids, room
@@ -139,7 +140,8 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         else:  # an argument of bytes that are no UTF-8 comes as lone surrogates
             content = sys.stdin.buffer.read() if prompt == "-" else str(prompt).encode("utf-8", "surrogatepass")
     except FileNotFoundError as error:
-        raise InputError(f"{prompt_file}: no such file; --prompt-file wants a text file") from error
+        meant = near_path(str(prompt_file)) or ";"
+        raise InputError(f"{prompt_file}: no such file{meant} --prompt-file wants a text file") from error
     except OSError as error:
         raise InputError(f"{prompt_file or 'stdin'}: not readable ({error})") from error
     return utf8(content, str(prompt_file or ("stdin" if prompt == "-" else "prompt")))

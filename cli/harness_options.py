@@ -10,6 +10,9 @@ from typing import Any
 
 import click
 
+from marlin_gptq.cli.options import Choice
+from marlin_gptq.model_directory import hub_silence
+
 # Said better by our own notes, or meant for people who write tasks.
 SAID_OTHERWISE = (
     "Overwriting default num_fewshot",
@@ -67,7 +70,7 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="JSON file with the results, written after every task.",
         ),
         click.option(
-            "--dtype", type=click.Choice(["auto", "float16", "bfloat16", "float32"]), default="auto",
+            "--dtype", type=Choice(["auto", "float16", "bfloat16", "float32"]), default="auto",
             show_default=True, help="Computing dtype; auto is the model's on a GPU and float32 elsewhere.",
         ),
     )  # fmt: skip
@@ -76,10 +79,17 @@ def task_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def use_offline(offline: bool) -> None:
-    """Keep lm-eval and its datasets off the network; before either is imported or after."""
+def use_offline(offline: bool, say: Callable[[str], None], hub: bool = True) -> None:
+    """Keep lm-eval and its datasets off the network; before either is imported or after.
+
+    hub  the tasks may want the Hugging Face hub: where it does not answer, `datasets` would ask for minutes, and then
+         read its cache, which is all there is anyhow.
+    """
     if not offline:
-        return
+        silence = hub_silence() if hub else ""
+        if not silence:
+            return
+        say(f"note: the Hugging Face hub does not answer ({silence}): tasks are read from its cache, as with --offline")
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     import datasets
     import huggingface_hub

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +10,6 @@ import click
 from marlin_gptq import __version__
 from marlin_gptq.cli import failures, options
 from marlin_gptq.cli.progress import Display
-from marlin_gptq.model_directory import resolve_model
 
 EXAMPLES = """\b
 Examples:
@@ -25,6 +23,7 @@ Examples:
 @click.command(
     "marlin-inspect",
     cls=failures.Command,
+    unused=failures.UNUSED,
     epilog=EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -53,20 +52,15 @@ def main(
 ) -> None:
     """Say what MODEL is (a 4-bit directory or hub id of any format, or a *.marlin.g128 file): format, layers, scales,
     checksums. With --verify, how far its weights are from the original's; unrelated weights are an error."""
+    display = Display()
+    path = options.find_checkpoint(display.say, model, revision, offline)
+    base_dir = None if base is None else options.find_model(display.say, base, None, offline)
+    original_dir = None if original is None else options.find_model(display.say, original, None, offline)
+    options.load_libraries(display.say)
     from marlin_gptq.conversion.describe import describe_checkpoint
 
-    display = Display()
-    options.quiet_libraries(display.say)
-    path = Path(model)
-    if not path.is_file():
-        path = resolve_model(model, revision=revision, offline=offline)
     with display.counting("inspect") as progress:
-        found = describe_checkpoint(
-            path,
-            base=None if base is None else resolve_model(base, offline=offline),
-            original=None if original is None else resolve_model(original, offline=offline),
-            progress=progress,
-        )
+        found = describe_checkpoint(path, base=base_dir, original=original_dir, progress=progress)
     if as_json:
         click.echo(json.dumps(found.to_dict()))
         return

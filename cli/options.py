@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import math
 import os
 import re
 import warnings
@@ -12,20 +14,41 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from marlin_gptq import register
+from marlin_gptq.cli import failures
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import read_json
+from marlin_gptq.model_directory import local_directory, read_json, resolve_model
+from marlin_gptq.near_names import near
 
 if TYPE_CHECKING:
     import torch
 
 DATASETS = "demo, wikitext2, c4, redpajama, a file (.txt, .jsonl, .jsonl.gz, .parquet) or a hub id (owner/name)"
+# Steps that rough times are told in: a unit in seconds, and how many of it.
+_ROUGH: dict[str, tuple[int, tuple[int, ...]]] = {
+    "s": (1, (1, 2, 5, 10, 20, 30)),
+    "min": (60, (1, 2, 5, 10, 20, 30)),
+    "h": (3600, (1, 2, 5, 10)),
+    "days": (86400, (1, 2, 5, 10, 20, 50, 100)),
+}
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class Choice(click.Choice):
+    """One of several words; a near miss is told which it was."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            meant = near(str(value), map(str, self.choices))
+            raise click.BadParameter(f"{error.message.rstrip('.')}{meant}", ctx=ctx, param=param) from error
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--device and `source_options`: where and how, alike for all commands that run a model."""
     device = click.option(
-        "--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
+        "--device", type=Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True,
         help="Where to compute; auto takes a GPU if there is one.",
     )  # fmt: skip
     return device(source_options(command))
@@ -104,6 +127,24 @@ def show_time(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def show_rough_time(seconds: float) -> str:
+    """Between what and what an estimate of `seconds` lies, for people: `2 to 5 min`, `10 to 20 h`."""
+    steps = [n * size for size, steps in _ROUGH.values() for n in steps]
+    low = max((step for step in steps if step <= 0.8 * seconds), default=0)
+    high = min((step for step in steps if step >= 1.25 * seconds), default=math.inf)
+    if low == 0:
+        return "a second or less" if high <= 1 else f"{_step(high)} or less"
+    if high == math.inf:
+        return f"{_step(low)} or more"
+    (first, one), (last, other) = _step(low).split(), _step(high).split()
+    return f"{first} to {last} {other}" if one == other else f"{first} {one} to {last} {other}"
+
+
+def _step(seconds: float) -> str:
+    unit = max((unit for unit, (size, _) in _ROUGH.items() if size <= seconds), key=lambda unit: _ROUGH[unit][0])
+    return f"{round(seconds / _ROUGH[unit][0])} {unit}"
+
+
 def with_error(value: float, error: float | None, form: str) -> str:
     """A figure and its standard error, if there is one: 0.01234 ± 0.00012."""
     return format(value, form) + ("" if error is None else f" ± {format(error, form.lstrip('+'))}")
@@ -117,8 +158,62 @@ def table_console() -> Any:
     return console if console.is_terminal else Console(highlight=False, width=140)
 
 
-def quiet_libraries(say: Callable[[str], None]) -> None:
-    """No progress bars of libraries between ours; warnings become one line each, and none is hidden."""
+def open_models(
+    say: Callable[[str], None], model: str, baseline: str | None, revision: str | None, offline: bool
+) -> tuple[Path, Path | None]:
+    """The directories of MODEL and --baseline; the libraries are there behind it, and what is wrong was said before."""
+    directory = find_model(say, model, revision, offline)
+    base = None if baseline is None else find_model(say, baseline, None, offline)
+    if baseline is not None and base is not None:
+        require_baseline(say, model, directory, baseline, base)
+    load_libraries(say)
+    return directory, base
+
+
+def require_baseline(say: Callable[[str], None], model: str, directory: Path, baseline: str, base: Path) -> None:
+    """InputError where MODEL and --baseline stand in each other's place; a warning where they are of two models."""
+    one, other = read_json(directory / "config.json"), read_json(base / "config.json")
+    if "quantization_config" in other and "quantization_config" not in one:
+        raise InputError(
+            f"--baseline: got {baseline}, which is quantized, for {model}, which is not; the two have changed places: "
+            f"give {baseline} --baseline {model}"
+        )
+    differing = [
+        f"{key} {mine} and {theirs}"
+        for key in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+        if (mine := _setting(one, key)) != (theirs := _setting(other, key))
+    ]
+    if differing:
+        say(f"warning: --baseline {baseline} is not the model that {model} was made from: {', '.join(differing)}")
+
+
+def _setting(config: dict[str, Any], key: str) -> Any:
+    """Of a model with several parts, that of its text part."""
+    inner = config.get("text_config")
+    return inner[key] if isinstance(inner, dict) and key in inner else config.get(key)
+
+
+def find_model(
+    say: Callable[[str], None], model: str, revision: str | None, offline: bool, config_only: bool = False
+) -> Path:
+    """As `resolve_model`, which may have to fetch it: what is done is said first."""
+    say(f"reading {model}" if local_directory(model) or offline else f"fetching {model} from the hub")
+    return resolve_model(model, revision=revision, offline=offline, config_only=config_only)
+
+
+def find_checkpoint(say: Callable[[str], None], model: str, revision: str | None, offline: bool) -> Path:
+    """As `find_model`, of a command that takes a state dict in a file as well."""
+    if Path(model).is_file():
+        say(f"reading {model}")
+        return Path(model)
+    return find_model(say, model, revision, offline)
+
+
+def load_libraries(say: Callable[[str], None]) -> None:
+    """Import torch and transformers, which takes seconds: the caller has read its arguments and said what it does.
+
+    No progress bars of theirs between ours; warnings become one line each, and none is hidden.
+    """
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         say(f"warning: {message}")
@@ -134,9 +229,12 @@ def quiet_libraries(say: Callable[[str], None]) -> None:
 
     # `datasets` is slow to import and often not needed: told ahead, for when it is.
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    import transformers
+    register()
+    from transformers.utils import logging as theirs
 
-    transformers.utils.logging.disable_progress_bar()
+    theirs.disable_progress_bar()
+    if failures.alone():
+        gc.freeze()  # they are millions of objects, which no collection needs to walk through
 
 
 def context_length(model_dir: Path) -> int | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,13 +13,13 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from marlin_gptq.cli.options import show_time
+from marlin_gptq.cli.options import show_rough_time, show_time
 
 if TYPE_CHECKING:
     from marlin_gptq.pipeline import ProgressEvent
 
 Update = Callable[..., None]
-# Stages of the end-to-end tuning, as people read them.
+Left = Callable[[], str]  # what is left, as of now
 # Stages that count by themselves, not linears, and what they are called.
 COUNTED = {"gradients": "gradients", "write text": "write text", "teacher": "full precision", "tune": "tune"}
 LINES_OF_A_RUN = 10
@@ -37,14 +38,18 @@ class Display:
             self.console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
-    def quantizing(self) -> Iterator[Callable[[ProgressEvent], None]]:
-        """Takes the events of `quantize_model`: block, linear, its relative error, elapsed time and ETA."""
+    def quantizing(self, expected: Sequence[float] = ()) -> Iterator[Callable[[ProgressEvent], None]]:
+        """Takes the events of `quantize_model`: block, linear, its relative error, elapsed time and what is left.
+
+        expected  rough seconds of each block, if they are known.
+        """
         if self.silent:
             yield lambda _: None
             return
         if not self.console.is_terminal:
-            yield _QuantizeLines(self.say)
+            yield _QuantizeLines(self.say, expected)
             return
+        remaining = Remaining(expected)
         with self._bar("quantize") as update:
 
             def show(event: ProgressEvent) -> None:
@@ -53,7 +58,9 @@ class Display:
                     return
                 stage = {"calibrate": "running the calibration text", "write": "writing"}.get(event.stage, "")
                 linear = event.note or _linear(event, short=True)
-                update(event.done, event.total, f"block {event.block + 1}/{event.blocks}  {linear or stage}")
+                note = f"block {event.block + 1}/{event.blocks}  {linear or stage}"
+                remaining.see(event)
+                update(event.done, event.total, note, left=remaining.left)
 
             yield show
 
@@ -76,34 +83,74 @@ class Display:
             TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True)),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task(title, total=None, note="")
+            task = bar.add_task(title, total=None, note="", left=None)
             now = title
 
-            def update(done: int, total: int, note: str, part: str = title) -> None:
+            def update(
+                done: int, total: int, note: str, part: str = title, left: Callable[[], str] | None = None
+            ) -> None:
                 nonlocal now
                 begun_again = done < bar.tasks[0].completed
                 if part != now or begun_again:  # another part of the work: its own time and pace
                     bar.reset(task, description=part)
                     now = part
-                bar.update(task, completed=done, total=total, note=note)
+                bar.update(task, completed=done, total=total, note=note, left=left)
 
             yield update
 
 
 class _Times(ProgressColumn):
-    """Elapsed and left. Left is the mean pace carried on: work comes in bursts, which rich's own column follows."""
+    """Elapsed and left: as the task tells, or the mean pace carried on. Work comes in bursts, which rich's column
+    follows."""
 
     def render(self, task: Task) -> Text:
         elapsed = task.elapsed or 0.0
-        left = _left(elapsed, task.completed, task.total or 0)
+        told: Left | None = task.fields["left"]
+        left = told() if told else _left(elapsed, task.completed, task.total or 0)
         return Text(f"{show_time(elapsed)}, {left} left" if left else show_time(elapsed))
+
+
+class Remaining:
+    """What is left of the pass over the blocks, learnt from whole blocks.
+
+    A block's time is that from its first event to the next block's, so that all that is done for it counts, whenever
+    its linears come. `expected` says how blocks compare and, until one is finished, how long they take; without it all
+    count the same, and nothing is said before one is finished. Blocks taken from a work directory teach nothing.
+    """
+
+    def __init__(self, expected: Sequence[float] = ()) -> None:
+        self.expected = list(expected) if all(seconds > 0 for seconds in expected) else []
+        self.guessed = not self.expected
+        self.paces: list[float] = []  # of finished blocks: their time over what was expected
+        self.block, self.began, self.resumed, self.done = -1, 0.0, False, False
+
+    def see(self, event: ProgressEvent) -> None:
+        """An event, as it comes."""
+        if not self.expected:
+            self.expected = [1.0] * event.blocks
+        if event.block != self.block:
+            now = time.monotonic()
+            if self.block >= 0 and not self.resumed:
+                self.paces.append((now - self.began) / self.expected[self.block])
+            self.block, self.began = event.block, now
+        self.resumed, self.done = event.stage == "resume", event.done == event.total
+
+    def left(self) -> str:
+        """For people, as of now; "" for what is not known."""
+        if self.done or self.block < 0 or (self.guessed and not self.paces):
+            return ""
+        inside, here = time.monotonic() - self.began, self.expected[self.block]
+        # The first block takes longer than the others: kernels are compiled, caches filled.
+        pace = median(self.paces[1:] or self.paces) if self.paces else max(1.0, inside / here)
+        seconds = pace * sum(self.expected[self.block + 1 :]) + max(0.0, pace * here - inside)
+        return show_time(round(seconds)) if self.paces else show_rough_time(seconds)
 
 
 class _QuantizeLines:
     """One line for every linear; for a stage of the tuning, one for every tenth of it."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.started, self.known = say, time.monotonic(), 0
+    def __init__(self, say: Callable[[str], None], expected: Sequence[float]) -> None:
+        self.say, self.started, self.remaining = say, time.monotonic(), Remaining(expected)
         self.parts: dict[str, _CountLines] = {}
 
     def __call__(self, event: ProgressEvent) -> None:
@@ -111,13 +158,12 @@ class _QuantizeLines:
             if event.stage not in self.parts:
                 self.parts[event.stage] = _CountLines(self.say, COUNTED[event.stage])
             self.parts[event.stage](event.done, event.total, _tuning(event))
+            return
+        self.remaining.see(event)
         tuned = event.note if event.stage == "tune block" and event.relative_error is not None else ""
         if event.linear is None and not tuned:
             return
-        if event.stage == "resume":
-            self.known = event.done
-        elapsed = time.monotonic() - self.started
-        left = _left(elapsed, event.done - self.known, event.total - self.known)
+        elapsed, left = time.monotonic() - self.started, self.remaining.left()
         self.say(
             f"[{event.done}/{event.total}] block {event.block + 1}/{event.blocks}  {tuned or _linear(event)}  "
             f"elapsed {show_time(elapsed)}" + (f"  left {left}" if left else "")

@@ -6,12 +6,12 @@ import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from marlin_gptq import __version__
+from marlin_gptq import __version__, register
 from marlin_gptq.cli import failures, options, processes, quantize_options, several, techniques
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.quantize_summary import summary
@@ -20,18 +20,19 @@ from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.destination import require_destination, require_work_directory
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import read_json, resolve_model
-from marlin_gptq.output_directory import LOG_FILE
+from marlin_gptq.model_directory import read_json
 from marlin_gptq.overrides import read_overrides
 from marlin_gptq.placement import Placement
-from marlin_gptq.quantization.loops import set_fused
-from marlin_gptq.work_directory import WorkDirectory
+from marlin_gptq.text_sources import require_source
+
+if TYPE_CHECKING:
+    from marlin_gptq.work_directory import WorkDirectory
 
 
 @click.command(
     "marlin-quantize",
     cls=failures.Command,
-    unused=("sklearn",),  # transformers has it for assisted generation
+    unused=failures.UNUSED,
     epilog=quantize_options.EXAMPLES,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -42,7 +43,11 @@ from marlin_gptq.work_directory import WorkDirectory
 def main(context: click.Context, **arguments: Any) -> int | None:
     """Quantize MODEL (a directory or a hub id) to 4 bits and pack it for the Marlin kernel."""
     count = arguments.pop("processes")
-    code = several.fork(1 if arguments["dry_run"] else count)
+    count = 1 if arguments["dry_run"] else count
+    if count > 1:
+        Display().say(f"starting {count} processes")
+        register()  # they share what was imported before
+    code = several.fork(count)
     if code is None:
         _main(context, arguments)
     return code
@@ -99,6 +104,7 @@ def _quantize(
     spill: str,
     max_gpu_memory: str | None,
     dry_run: bool,
+    gpu: str | None,
     device: str,
     revision: str | None,
     offline: bool,
@@ -107,11 +113,12 @@ def _quantize(
     **chosen: Any,
 ) -> None:
     display = Display(silent=not team.leads)
-    set_fused(options.fused_loops())
+    fused = options.fused_loops()
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
     settings = team.from_leader(work.arguments["settings"] if work is not None else None)
     recipe_chosen |= settings is not None or any(name.startswith("tune_") for name in techniques.changes(chosen))
+    steps_chosen = settings is not None or chosen["tune_steps"] is not None
     if settings is None:
         changes = techniques.changes(chosen) | ({} if damp is None else {"damp_percent": damp})
         config = QuantizationConfig.from_preset(
@@ -127,9 +134,13 @@ def _quantize(
         if team.from_leader(work is not None and to == "marlin" and work.finished(output)):
             display.say(f"finished already: {output}; the work directory can be removed")
             if as_json and team.leads:
+                from marlin_gptq.output_directory import LOG_FILE
+
                 click.echo(json.dumps({"model": model} | read_json(output / LOG_FILE)))
             return
     shard_bytes = options.parse_size(shard_size)
+    if gpu is not None and not dry_run:
+        raise InputError(f"--gpu: got {gpu} for a run, which takes the GPU that is there; it goes with --dry-run")
     limit = options.parse_size(max_gpu_memory, "--max-gpu-memory") if max_gpu_memory else None
     place = None if spill == "auto" else spill
     way: dict[str, Any] = {
@@ -137,15 +148,35 @@ def _quantize(
         "processes": team.size,
         "limited": limit is not None,
     }
+    files = {"the --dataset": Path(dataset), "the --config": config_file}
+    inputs = {"the model": Path(model)} | {what: file for what, file in files.items() if file and file.is_file()}
+    if not dry_run:
+        if work_dir is not None:
+            require_work_directory(work_dir, output, Path(model))
+        if Path(model).is_dir() or not overwrite:  # else its files must be known first: what are copies of them?
+            require_destination(output, overwrite=overwrite, inputs=inputs)
+    model_dir = options.find_model(display.say, model, revision, offline, config_only=dry_run)
+    if not dry_run:
+        inputs["the model"] = model_dir
+        require_destination(output, overwrite=overwrite, inputs=inputs)
+    if not dry_run and work is None and method == "gptq" and team.leads:
+        require_source(dataset, split="calibration", offline=offline)
+    options.load_libraries(display.say)
     if dry_run:
         from marlin_gptq.cli import dry_run as dry
 
-        model_dir = resolve_model(model, revision=revision, offline=offline, config_only=True)
+        machine = dry.machine(device, gpu)
+        if machine.note:
+            display.say(f"note: {machine.note}")
+        if not recipe_chosen:
+            config = _within_reach(display, model_dir, config, machine, way | {"free": machine.memory})
+        elif not steps_chosen and config.tunes and machine.type == "cpu":
+            display.say(f"note: without a GPU --preset {config.preset} is refused, but for --tune-steps 0")
         found = dry.estimate(
             model_dir,
-            config if recipe_chosen else _within_reach(display, model_dir, config, options.torch_device(device), way),
+            config,
             dtype=dtype,
-            device=options.torch_device(device),
+            on=machine,
             n_samples=n_samples if method == "gptq" else 0,
             seq_len=seq_len,
             shard_size=shard_bytes,
@@ -156,28 +187,22 @@ def _quantize(
         )
         click.echo(json.dumps({"model": model} | found) if as_json else dry.shown(found))
         return
-    files = {"the --dataset": Path(dataset), "the --config": config_file}
-    inputs = {"the model": Path(model)} | {what: file for what, file in files.items() if file and file.is_file()}
-    if work_dir is not None:
-        require_work_directory(work_dir, output, Path(model))
-    if Path(model).is_dir() or not overwrite:  # else its files must be known first: what are copies of them?
-        require_destination(output, overwrite=overwrite, inputs=inputs)
 
     from marlin_gptq.calibration import DEFAULT_SEQ_LEN, sequence_length
     from marlin_gptq.conversion.convert import HALF_SCALES
     from marlin_gptq.conversion.export import convert_aside, require_exportable
     from marlin_gptq.pipeline import quantize_model
-    from marlin_gptq.requirements import require_quantizable, result_dtype
+    from marlin_gptq.quantization.loops import set_fused
+    from marlin_gptq.requirements import require_gpu_for_tuning, require_quantizable, result_dtype
 
-    options.quiet_libraries(display.say)
+    set_fused(fused)
     half = to in HALF_SCALES and dtype == "auto"
     where = processes.own_device(options.torch_device(device))
     target = options.torch_dtype("float16" if half else dtype)
-    model_dir = resolve_model(model, revision=revision, offline=offline)
-    inputs["the model"] = model_dir
-    require_destination(output, overwrite=overwrite, inputs=inputs)
     if not recipe_chosen:
         config = _within_reach(display, model_dir, config, where, way)
+    if not steps_chosen:
+        require_gpu_for_tuning(config, where)
     require_quantizable(model_dir, output, config, target, device=where, **way)
     for warning in require_exportable(model_dir, config, to, result_dtype(model_dir, target)):
         display.say(f"warning: {warning}")
@@ -210,9 +235,11 @@ def _quantize(
         processes.threads_as_leader(team)
         if kept is not None:
             kept.arguments["calibration"] = calibration
-        recipe = f"gptq, preset {config.preset}" if method == "gptq" else method
-        display.say(f"quantizing {model} on {where.type}: {recipe}, 4 bits, group size {config.group_size}")
-        with display.quantizing() as progress:
+        display.say(f"quantizing {model} on {where.type}: {config.recipe}; 4 bits, group size {config.group_size}")
+        from marlin_gptq.cli.dry_run import expected_seconds
+
+        expected = expected_seconds(model_dir, config, samples, where, team.size) if team.leads else []
+        with display.quantizing(expected) as progress:
             report = quantize_model(
                 model_dir,
                 output if final is None else final.aside(),

@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from marlin_gptq.cli import techniques
-from marlin_gptq.cli.options import DATASETS
+from marlin_gptq.cli.options import DATASETS, Choice
 from marlin_gptq.config import DEFAULT_PRESET, PRESETS
+from marlin_gptq.known_gpus import KNOWN
 
 EXAMPLES = """\b
 Examples:
@@ -32,7 +33,7 @@ _WHAT: tuple[Callable[..., Any], ...] = (
     click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory to write.  [required]"),
     click.option(
         "--group-size",
-        type=click.Choice(["128", "64", "32", "-1"]),
+        type=Choice(["128", "64", "32", "-1"]),
         default="128",
         show_default=True,
         help="Input features that share a scale; -1 is the whole row.",
@@ -64,14 +65,14 @@ _WHAT: tuple[Callable[..., Any], ...] = (
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of the documents' order."),
     click.option(
         "--method",
-        type=click.Choice(["gptq", "rtn"]),
+        type=Choice(["gptq", "rtn"]),
         default="gptq",
         show_default=True,
         help="rtn is plain round-to-nearest, without calibration.",
     ),
     click.option(
         "--preset",
-        type=click.Choice(list(PRESETS)),
+        type=Choice(list(PRESETS)),
         default=DEFAULT_PRESET,
         show_default=True,
         help="Recipe: best tunes the whole model and needs it in the device's memory, fast takes one pass with the "
@@ -82,14 +83,14 @@ _HOW: tuple[Callable[..., Any], ...] = (
     click.option(
         "--format",
         "to",
-        type=click.Choice(["marlin", "gptq", "awq", "compressed-tensors"]),
+        type=Choice(["marlin", "gptq", "awq", "compressed-tensors"]),
         default="marlin",
         show_default=True,
         help="Format of OUTPUT; gptq and awq hold float16 scales only, so that --dtype auto is float16 with them.",
     ),
     click.option(
         "--dtype",
-        type=click.Choice(["auto", "float16", "bfloat16"]),
+        type=Choice(["auto", "float16", "bfloat16"]),
         default="auto",
         show_default=True,
         help="Dtype of scales and unquantized weights; auto keeps the model's.",
@@ -132,7 +133,7 @@ _HOW: tuple[Callable[..., Any], ...] = (
     ),
     click.option(
         "--spill",
-        type=click.Choice(["auto", "none", "host", "disk"]),
+        type=Choice(["auto", "none", "host", "disk"]),
         default="auto",
         show_default=True,
         help="Where activations wait between two blocks: on the device (none), in host memory, in a file; auto: on the "
@@ -147,6 +148,11 @@ _HOW: tuple[Callable[..., Any], ...] = (
         "--dry-run",
         is_flag=True,
         help="Read MODEL's config only; print types and sizes of the result, and estimates of memory and time.",
+    ),
+    click.option(
+        "--gpu",
+        type=Choice(list(KNOWN)),
+        help="With --dry-run: estimate for this GPU, which need not be here.  [default: the one here]",
     ),
 )
 

@@ -12,6 +12,7 @@ def summary(report: Any, to: str = "marlin") -> str:
     loops = f", inner loops in {report.inner_loops}" if report.peak_gpu_bytes is not None else ""
     lines = [
         f"written    {report.output}",
+        f"recipe     {report.config.recipe}",
         f"size       {options.show_size(report.bytes_before)} -> {options.show_size(report.bytes_after)}",
     ]
     if report.worst is not None:

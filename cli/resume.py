@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from marlin_gptq.errors import InputError
 from marlin_gptq.overrides import read_overrides
-from marlin_gptq.work_directory import WorkDirectory
+
+if TYPE_CHECKING:
+    from marlin_gptq.work_directory import WorkDirectory
 
 # They may differ when a run goes on: none of them changes the result.
-FREE = {"as_json", "debug", "offline", "overwrite", "resume", "work_dir", "dry_run", "spill", "processes"}
+FREE = {"as_json", "debug", "offline", "overwrite", "resume", "work_dir", "dry_run", "gpu", "spill", "processes"}
 
 
 def options_of(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -38,6 +40,8 @@ def resumed(context: click.Context, arguments: dict[str, Any]) -> tuple[WorkDire
     if arguments["work_dir"] is not None and arguments["work_dir"].absolute() != directory.absolute():
         raise InputError(f"--work-dir: got {arguments['work_dir']} beside --resume {directory}; leave it out")
     given = options_of(arguments)
+    from marlin_gptq.work_directory import WorkDirectory
+
     work = WorkDirectory.resume(directory)
     try:
         stored, settings = work.arguments["options"], work.arguments["settings"]
@@ -70,6 +74,8 @@ def keeping(
     if work is not None or directory is None:
         yield work
         return
+    from marlin_gptq.work_directory import WorkDirectory
+
     with WorkDirectory.new(directory, arguments) as made:
         yield made
 

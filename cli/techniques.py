@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from marlin_gptq.cli.options import Choice
+
 _OPTIONS = (
     click.option("--clip/--no-clip", default=None, help="Search for clipped scales."),
     click.option(
@@ -17,11 +19,11 @@ _OPTIONS = (
         help="Search negative scales too: the full range of codes.",
     ),
     click.option(
-        "--clip-hessian", type=click.Choice(["conditional", "plain"]),
+        "--clip-hessian", type=Choice(["conditional", "plain"]),
         help="Judge clipping as if later columns made up for errors, or not.",
     ),
     click.option(
-        "--act-order", type=click.Choice(["none", "groups", "columns"]),
+        "--act-order", type=Choice(["none", "groups", "columns"]),
         help="Quantize columns of large inputs first: inside and across whole groups, or freely. Groups stay in place.",
     ),
     click.option(

@@ -9,6 +9,7 @@ from typing import Any
 
 from marlin_gptq.eval.report import task_rows
 from marlin_gptq.eval.report_plots import error_plot, scale_plot
+from marlin_gptq.eval.report_throughput import shown_size, throughput_notes, throughput_table
 from marlin_gptq.eval.result_files import TITLE_END
 
 
@@ -63,7 +64,7 @@ def _cards(content: dict[str, Any]) -> str:
         cards.append((" → ".join(shown), f"{row['task']}, {row['metric']}, {row['shots']}-shot"))
     log = content["quantization"]
     if log:
-        cards.append((f"{_size(log['bytes_before'])} → {_size(log['bytes_after'])}", "size of the weights"))
+        cards.append((f"{shown_size(log['bytes_before'])} → {shown_size(log['bytes_after'])}", "size of the weights"))
         cards.append((_time(log["seconds"]), f"to quantize, on {log['device']}"))
     return (
         '<div class="cards">'
@@ -170,13 +171,13 @@ def _quantization(content: dict[str, Any]) -> str:
     gpu = log.get("peak_gpu_bytes")
     pairs = [
         ("time", f"{_time(log['seconds'])} on {log['device']}"),
-        ("largest GPU memory", _size(gpu) if gpu else "no GPU was used"),
-        ("weights before and after", f"{_size(log['bytes_before'])} → {_size(log['bytes_after'])}"),
+        ("largest GPU memory", shown_size(gpu) if gpu else "no GPU was used"),
+        ("weights before and after", f"{shown_size(log['bytes_before'])} → {shown_size(log['bytes_after'])}"),
         ("linears", str(len(log["records"]))),
         ("mean relative error", f"{log['mean_relative_error']:.5f}"),
         ("dtype of scales", log["dtype"]),
     ]
-    pairs += [(f"calibration: {key}", str(value)) for key, value in (log.get("calibration") or {}).items()]
+    pairs += [(f"calibration: {key}", _setting(value)) for key, value in (log.get("calibration") or {}).items()]
     pairs += [(key, _setting(value)) for key, value in log["config"].items()]
     return f"<h2>Quantization</h2>{_pairs(pairs)}"
 
@@ -185,9 +186,9 @@ def _throughput(content: dict[str, Any]) -> str:
     rows = content["throughput"]
     if not rows:
         return "<h2>Throughput</h2><p>Not measured.</p>"
-    head = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_setting(row.get(key, "")) for key in head] for row in rows]
-    return f"<h2>Throughput</h2>{_table(head, cells)}"
+    head, cells, words = throughput_table(rows)
+    notes = "".join(f'<p class="soft">{_text(line)}</p>' for line in throughput_notes(rows))
+    return f"<h2>Throughput</h2>{_table(head, cells, left=words)}{notes}"
 
 
 def _settings(content: dict[str, Any]) -> str:
@@ -197,14 +198,16 @@ def _settings(content: dict[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The first `left` columns are text, the others numbers."""
+    """The first `left` columns are text, the others numbers. A narrow screen shows each row as names and values."""
+    kinds = ["" if place < left else ' class="n"' for place in range(len(head))]
+    top = "".join(f"<th{kind}>{_text(name)}</th>" for kind, name in zip(kinds, head, strict=True))
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        kinds = ("" if place < left else ' class="n"' for place in range(len(cells)))
-        return "".join(f"<{tag}{kind}>{_text(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))
+    def line(row: Sequence[str]) -> str:
+        cells = zip(kinds, head, row, strict=True)
+        return "".join(f'<td{kind} data-head="{_text(name)}">{_text(cell)}</td>' for kind, name, cell in cells)
 
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{line(head, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join(f"<tr>{line(row)}</tr>" for row in rows)
+    return f'<div class="wide"><table class="rows"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
@@ -225,13 +228,6 @@ def _setting(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
     return str(value)
-
-
-def _size(size: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} B"
 
 
 def _time(seconds: float) -> str:

@@ -30,6 +30,13 @@ MODES = {
     "compile+graphs": {"graphs": True, "compiled": True},
 }
 
+MEANINGS = {
+    "eager": "kernels launched from Python, growing cache",
+    "graphs": "fixed cache, each decode step one CUDA graph",
+    "compile": "fixed cache, decode step through torch.compile",
+    "compile+graphs": "fixed cache, decode step through torch.compile, then one CUDA graph",
+}
+
 
 @dataclass(frozen=True)
 class Request:

@@ -76,6 +76,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # What `marlin-quantize` takes unless told otherwise; README, help and documents are tested against it.
 DEFAULT_PRESET = "best"
+# Fields that no preset decides about.
+_NOT_OF_A_PRESET = ("bits", "group_size", "sym", "desc_act", "method", "preset", "skip", "overrides")
 _SWITCHES = ("clip", "true_sequential", "signed_scales", "equal_samples", "two_sided", "pack", "tune_codes")
 _CHOICES = {"clip_hessian": ("conditional", "plain"), "act_order": ("none", "groups", "columns")}
 _KINDS: dict[Any, str] = {int: "a whole number", (int, float): "a number"}
@@ -102,7 +104,8 @@ class QuantizationConfig:
     sym           symmetric grid: no zero points are stored, code 8 means zero; False only where imported.
     desc_act      act-order whose groups moved: the layers gather their inputs first; True only where imported.
     method        "gptq", "rtn" for plain round-to-nearest without calibration, or "imported": another tool's codes.
-    preset        name of the recipe; every claim is measured against `marlin`; "none" where imported.
+    preset        name of the recipe that it started from; every claim is measured against `marlin`; "none" where
+                  imported. Files say in what the settings differ from it: `preset_name`.
     damp_percent  added to the Hessian's diagonal, as a fraction of its mean.
     block_size    columns that GPTQ finishes before it updates the rest.
     clip          search each group's clipping ratio under the Hessian.
@@ -219,6 +222,27 @@ class QuantizationConfig:
         """Whether each block is tuned by itself when its linears are solved."""
         return self.method == "gptq" and self.tune_block_steps > 0
 
+    @property
+    def preset_name(self) -> str:
+        """The preset, and what differs from it if something does: `best, changed: tune_steps 0`."""
+        if self.method != "gptq":
+            return self.preset
+        usual = {field.name: field.default for field in fields(self)} | PRESETS[self.preset]
+        steps = {name for name in usual if name not in _NOT_OF_A_PRESET}
+        if not (self.tunes or self.tunes_blocks):  # then how they would tune says nothing
+            steps -= {name for name in steps if name.startswith("tune_") and not name.endswith("_steps")}
+        changed = [
+            f"{name} {str(value).lower()}"
+            for name, value in asdict(self).items()
+            if name in steps and value != usual[name]
+        ]
+        return f"{self.preset}, changed: {', '.join(changed)}" if changed else self.preset
+
+    @property
+    def recipe(self) -> str:
+        """What was done, for people: `gptq, preset best, changed: tune_steps 0`, or `rtn`, which has no preset."""
+        return f"{self.method}, preset {self.preset_name}" if self.method == "gptq" else self.method
+
     def override(self, name: str) -> Override | None:
         """The override that decides about the linear of this full name, if one does."""
         return next((rule for rule in self.overrides if re.search(rule.match, name)), None)
@@ -242,6 +266,7 @@ class QuantizationConfig:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
         settings = asdict(self) | {"skip": list(self.skip), "overrides": [asdict(rule) for rule in self.overrides]}
+        settings["preset"] = self.preset_name
         return {"quant_method": QUANT_METHOD, "checkpoint_format": CHECKPOINT_FORMAT, **settings}
 
     @classmethod
@@ -256,7 +281,10 @@ class QuantizationConfig:
         layout = settings.get("checkpoint_format", CHECKPOINT_FORMAT)
         _require(layout == CHECKPOINT_FORMAT, f"checkpoint_format: got {layout!r}, expected {CHECKPOINT_FORMAT!r}")
         known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in settings.items() if key in known})
+        values = {key: value for key, value in settings.items() if key in known}
+        if isinstance(values.get("preset"), str):
+            values["preset"] = values["preset"].partition(", changed:")[0]
+        return cls(**values)
 
 
 def _override(settings: Override | dict[str, Any]) -> Override:

@@ -36,6 +36,11 @@ _TEMPLATES = "additional_chat_templates"
 _MADE_BY_THE_DISK = "lost+found"
 
 
+def conversion_inputs(path: Path, base: Path | None) -> dict[str, Path]:
+    """What a conversion reads, as sentences call it; no output may take its place."""
+    return {"the model": path} | ({} if base is None else {"the base model": base})
+
+
 def real_path(path: Path) -> Path:
     """Where `path` leads: absolute, without links and `..`. InputError for links that lead in a circle."""
     found = Path(os.path.realpath(path))

@@ -10,20 +10,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from marlin_gptq.quantization.hessian import Cross, Hessian
+    from marlin_gptq.quantization.hessian import Cross, Hessian
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run, and which this is. A team of one needs no torch.distributed, and sends nothing.
+    """The processes of a run, and which this is. A team of one needs no torch, and sends nothing.
 
     With more, the default process group must have been made: gloo for the CPU, nccl for GPUs.
     """
@@ -45,6 +44,9 @@ class Team:
         """Sum Hessians, or what goes with them, their tokens and their weights over all processes, in place."""
         if self.size == 1:
             return
+        import torch
+        import torch.distributed as dist
+
         for hessian in hessians:
             dist.all_reduce(hessian.sum)
             counts = torch.tensor([hessian.tokens, hessian.total], dtype=torch.float64, device=hessian.sum.device)
@@ -60,6 +62,8 @@ class Team:
         """What process `owner` has; what the others give is ignored."""
         if self.size == 1:
             return thing
+        import torch.distributed as dist
+
         parcel: list[Any] = [thing]
         dist.broadcast_object_list(parcel, src=owner)
         return parcel[0]
@@ -67,6 +71,9 @@ class Team:
     def tensor_from(self, owner: int, tensor: Tensor) -> Tensor:
         """The tensor of process `owner`; the others give one of its shape and dtype, which is overwritten."""
         if self.size > 1:
+            import torch
+            import torch.distributed as dist
+
             tensor = tensor.contiguous()
             dist.broadcast(tensor.view(torch.uint8), src=owner)  # bytes: any dtype, whatever the backend knows
         return tensor
@@ -75,6 +82,8 @@ class Team:
         """One digest of the processes' own, the same in each."""
         if self.size == 1:
             return own
+        import torch.distributed as dist
+
         every: list[Any] = [None] * self.size
         dist.all_gather_object(every, own)
         return hashlib.sha256("\n".join(every).encode()).hexdigest()

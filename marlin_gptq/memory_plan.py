@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import ceil
 
 from marlin_gptq.errors import InputError, QuantizationError
-from marlin_gptq.estimates import memory, tuning_memory
+from marlin_gptq.estimates import SIDE_BY_SIDE, activation_bytes, memory, staged_bytes, tuning_memory
 from marlin_gptq.job import Job, Plan
 from marlin_gptq.modeling.outline import Outline
 from marlin_gptq.modeling.packed import PACK_TOKENS
@@ -47,6 +47,17 @@ def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None
         f"--max-gpu-memory: got {limit / 1e9:.2f} GB, but {where} needs {least.device / 1e9:.2f} GB at least; give as "
         f"much{''.join(f', or {way}' for way in ways)}"
     )
+
+
+def usual_plan(outline: Outline, job: Job, free: int, spill: str | None) -> Plan:
+    """What a run does that is given no limit, with `free` bytes of the device; `spill` as for `plan_within`.
+
+    Activations wait on the device unless they take half of it, and so do those of a block solved in stages.
+    """
+    waiting, inside = activation_bytes(outline, job), staged_bytes(outline, job) if job.true_sequential else 0
+    place = {None: "device" if waiting < free / 2 else "host", "none": "device"}.get(spill, spill or "device")
+    staged = job.true_sequential and place == "device" and waiting + inside < free / 2
+    return Plan(place, side_by_side=min(SIDE_BY_SIDE, free // 8), staged=staged)
 
 
 def tuning_within(

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from marlin_gptq.errors import CheckpointError, InputError
+from marlin_gptq.near_names import near_path
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 _LARGEST_JSON = 10**8  # bytes; an index of a million tensors has less
+_ANSWER_SECONDS = 5
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _OLD_WEIGHTS = ["pytorch_model*.bin", "gptq_model*.bin"]
 _NOT_DOWNLOADED = ["consolidated*", "original/*"]  # the weights once more, in a form of their makers
@@ -33,18 +35,13 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
     config_only  fetch config.json of a hub id and nothing else.
     Raises InputError if there is neither, or if a hub id is not in the local cache while `offline`.
     """
-    path = Path(model)
-    if model.strip() and path.is_dir():
-        if not (path / "config.json").is_file():
-            if (path / ADAPTER).is_file():
-                raise InputError(f"{model}: holds a LoRA adapter and no model; {MERGE}")
-            raise InputError(f"{model}: holds no config.json; a Hugging Face model directory is needed")
-        return path
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
-        raise InputError(f"{model}: no such directory; give a model directory or a hub id such as owner/name")
-
+    local = local_directory(model)
+    if local is not None:
+        return local
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    meant = near_path(model, is_model)
 
     def snapshot(patterns: list[str]) -> Path:
         return Path(
@@ -60,13 +57,16 @@ def resolve_model(model: str, revision: str | None = None, offline: bool = False
             # An old repository: legacy weights only where there are no others.
             found = snapshot([*_DOWNLOADED, *_OLD_WEIGHTS])
     except HFValidationError as error:
-        raise InputError(f"{model}: no such directory and no hub id; give one of them") from error
+        raise InputError(f"{model}: no such directory and no hub id{meant or '; give one of them'}") from error
     except LocalEntryNotFoundError as error:
         how = "run once without --offline" if offline else "check the network"
-        raise InputError(f"{model}: no such directory and not in the local cache of the hub; {how}") from error
+        raise InputError(
+            f"{model}: no such directory and not in the local cache of the hub{meant or ';'} {how}"
+        ) from error
     except HfHubHTTPError as error:
         raise InputError(
-            f"{model}: refused by the hub ({error.__class__.__name__}); check the name, the revision and your access"
+            f"{model}: no such directory, and refused by the hub ({error.__class__.__name__}){meant or ';'} check the "
+            "name, the revision and your access"
         ) from error
     return found
 
@@ -78,6 +78,42 @@ def require_no_adapter(directory: Path) -> None:
             f"{directory}: holds a LoRA adapter ({ADAPTER}) beside the model, which would be left out of it; {MERGE}, "
             "or take adapter_* out of the directory"
         )
+
+
+def local_directory(model: str) -> Path | None:
+    """The model directory of that name here; None for what may be a hub id, InputError for what is neither."""
+    path = Path(model)
+    if model.strip() and path.is_dir():
+        if not (path / "config.json").is_file():
+            if (path / ADAPTER).is_file():
+                raise InputError(f"{model}: holds a LoRA adapter and no model; {MERGE}")
+            raise InputError(f"{model}: holds no config.json; a Hugging Face model directory is needed")
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip():
+        raise InputError(
+            f"{model}: no such directory{near_path(model, is_model) or ';'} give a model directory or a hub id such as "
+            "owner/name"
+        )
+    return None
+
+
+def is_model(path: str) -> bool:
+    """Whether a command can be given this path as MODEL: a directory with a config.json."""
+    return (Path(path) / "config.json").is_file()
+
+
+def hub_silence() -> str:
+    """Why the Hugging Face hub does not answer, asked once; nothing where it does, whatever it says."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import get_session
+
+    failures: Any = (OSError, *HfHubHTTPError.__bases__)  # of which one is the HTTP library's own
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_ANSWER_SECONDS)
+    except failures as error:
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def model_card(report: QuantizeReport) -> str:
     config, calibration = report.config, report.calibration
     group = "whole row" if config.group_size == -1 else str(config.group_size)
     rows = [
-        ("method", f"{config.method}, preset `{config.preset}`"),
+        ("method", config.recipe),
         ("bits, group size", f"{config.bits}, {group}"),
         ("dtype of scales and activations", report.dtype),
     ]
@@ -67,7 +67,9 @@ def model_card(report: QuantizeReport) -> str:
         rows.append(("worst relative error", f"{report.worst.relative_error:.5f} (`{report.worst.name}`)"))
     if report.tuning is not None:
         tuning = report.tuning
-        rows.append(("KL before and after the tuning, nats", f"{tuning['kl_before']:.5f}, {tuning['kl_after']:.5f}"))
+        figures = f"{tuning['kl_before']:.5f}, {tuning['kl_after']:.5f}"
+        kept = "" if tuning["kept"] else "; it did not help, so that the model is the one before it"
+        rows.append(("KL before and after the tuning, nats", f"{figures}{kept}"))
     rows += [("not quantized", ", ".join(report.left).replace("|", "\\|"))] if report.left else []
     rows.append(("time", f"{report.seconds:.1f} s on {report.device}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)

@@ -19,6 +19,7 @@ import yaml
 
 from marlin_gptq.config import Override, QuantizationConfig
 from marlin_gptq.errors import InputError
+from marlin_gptq.near_names import near_path
 from marlin_gptq.text_files import utf8
 
 SETTINGS = ("bits", "group_size", "skip")
@@ -29,7 +30,8 @@ def read_overrides(path: Path) -> tuple[Override, ...]:
     try:
         content = yaml.load(utf8(path.read_bytes(), str(path)), Loader=_Loader)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; --config takes a YAML file of per-module settings") from error
+        meant = near_path(str(path)) or ";"
+        raise InputError(f"{path}: no such file{meant} --config takes a YAML file of per-module settings") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:

@@ -31,9 +31,8 @@ from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.disk import require_space
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
-from marlin_gptq.estimates import SIDE_BY_SIDE, staged_bytes, streams
 from marlin_gptq.job import Job, Plan
-from marlin_gptq.memory_plan import plan_within, tuning_within
+from marlin_gptq.memory_plan import plan_within, tuning_within, usual_plan
 from marlin_gptq.modeling.architecture import read_config, require_full_precision
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import outline
@@ -252,12 +251,7 @@ def _plan(
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), number)
         return plan
     free = free_bytes(device)
-    inside = staged_bytes(outline(model_dir, config), job) if job.true_sequential else 0
-    beside = min(SIDE_BY_SIDE, free // 8)
-    waiting = streams(job) * job.tokens * read_config(model_dir).hidden_size * job.compute_bytes
-    place = {None: "device" if waiting < free / 2 else "host", "none": "device"}.get(spill, spill or "device")
-    staged = job.true_sequential and place == "device" and waiting + inside < free / 2
-    plan = Plan(place, side_by_side=beside, staged=staged)
+    plan = usual_plan(outline(model_dir, config), job, free, spill)
     if not config.tunes_blocks:
         return plan
     return tuning_within(outline(model_dir, config), job, plan, free, spill, begun)
@@ -269,7 +263,7 @@ def _facts(
     """What the bits of the result depend on, beside the samples: a run is resumed with the same or not at all."""
     return {
         "model": model_digest(model_dir),
-        "settings": config.to_dict(),
+        "settings": config.to_dict() | {"preset": config.preset},
         "dtype": str(target).removeprefix("torch."),
         "shard_size": shard_size,
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),

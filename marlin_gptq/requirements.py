@@ -145,11 +145,12 @@ def within_reach(
     kept: bool = False,
     processes: int = 1,
     limited: bool = False,
+    free: int | None = None,
 ) -> tuple[QuantizationConfig, str]:
     """`config` less what this run cannot have of its tuning, and a sentence about what that is ("" for nothing).
 
     For recipes that nobody chose; one that somebody did is refused instead (`require_quantizable`). Reads config.json
-    alone. kept, processes, limited: see `require_combination`.
+    alone. kept, processes, limited: see `require_combination`; free: bytes of the GPU's memory, if it is not here.
     """
     if not config.tunes:
         return config, ""
@@ -165,19 +166,29 @@ def within_reach(
         if reason:
             return without, f"preset {config.preset} runs without its end-to-end tuning: {reason}"
     try:
-        require_memory(model_dir, config, device)
+        require_memory(model_dir, config, device, free)
     except QuantizationError as error:
         needed = str(error).split(";")[0]
         fixed = replace(config, tune_codes=False)
         try:
-            require_memory(model_dir, fixed, device)
+            require_memory(model_dir, fixed, device, free)
         except QuantizationError:
             return without, f"preset {config.preset} runs without its end-to-end tuning: {needed}"
         return fixed, f"preset {config.preset} tunes scales and norm weights only: with codes {needed}"
     return config, ""
 
 
-def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.device) -> None:
+def require_gpu_for_tuning(config: QuantizationConfig, device: torch.device) -> None:
+    """InputError for a preset's end-to-end tuning without a GPU; steps that somebody chose are not asked about."""
+    if config.tunes and device.type != "cuda":
+        raise InputError(
+            f"--preset {config.preset}: its end-to-end tuning takes days without a GPU, and this run computes on the "
+            "CPU; use --tune-steps 0 for all of the preset but the tuning (a number of steps of your own runs too), or "
+            "a GPU (--device cuda)"
+        )
+
+
+def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.device, free: int | None = None) -> None:
     """QuantizationError, before any work, if the tuning that `config` asks for does not fit the GPU."""
     if device.type != "cuda":
         return
@@ -186,7 +197,7 @@ def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.de
         batch=config.tune_batch,
         length=WINDOW,
         tune_codes=config.tune_codes,
-        free=free_bytes(device),
+        free=free_bytes(device) if free is None else free,
     )
 
 

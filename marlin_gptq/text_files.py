@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import gzip
 import json
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from marlin_gptq.errors import InputError
+from marlin_gptq.near_names import near_path
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
 SUFFIXES = (".txt", ".parquet", *JSON_SUFFIXES)
@@ -24,8 +24,7 @@ def file_documents(path: Path) -> Iterator[str]:
     if path.is_dir():
         raise InputError(f"dataset: {path} is a directory; give one of its files ({', '.join(SUFFIXES)})")
     if not path.exists():
-        siblings = [str(other) for other in path.parent.glob("*") if other.name.lower().endswith(SUFFIXES)]
-        raise InputError(f"dataset: no such file: {path}{near(str(path), siblings)}")
+        raise InputError(f"dataset: no such file: {path}{near_path(str(path), is_text_file)}")
     name = path.name.lower()
     if name.endswith(".txt"):
         return text_documents(path)
@@ -34,6 +33,11 @@ def file_documents(path: Path) -> Iterator[str]:
     if name.endswith(JSON_SUFFIXES):
         return json_documents(path)
     raise InputError(f"dataset: {path} has the suffix {path.suffix!r}, expected one of {', '.join(SUFFIXES)}")
+
+
+def is_text_file(path: str) -> bool:
+    """Whether documents can be read from it, by its suffix."""
+    return path.lower().endswith(SUFFIXES) and Path(path).is_file()
 
 
 def text_documents(path: Path) -> Iterator[str]:
@@ -122,8 +126,3 @@ def text_of(row: Any, where: str) -> str:
     if not isinstance(text, str | None):
         raise InputError(f'dataset: {where}: "text" holds a {type(text).__name__}, expected a string')
     return whole_characters(text or "")
-
-
-def near(name: str, known: tuple[str, ...] | list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-    return f", did you mean {' or '.join(close)}?" if close else ""

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from marlin_gptq.errors import InputError
+from marlin_gptq.model_directory import hub_silence
+from marlin_gptq.near_names import near, near_path
 from marlin_gptq.text_files import (
     SUFFIXES,
     articles,
     file_documents,
+    is_text_file,
     json_documents,
-    near,
     text_documents,
     text_of,
 )
@@ -41,6 +43,14 @@ class HubFiles:
     files: str | None = None
     revision: str | None = None
     half: int | None = None
+
+
+def require_source(dataset: str, *, split: Split, offline: bool = False) -> None:
+    """InputError, before any work, for what `load_documents` will not read: unknown, missing, on a hub out of reach."""
+    load_documents(dataset, split=split, offline=offline)
+    local = dataset == "demo" or (dataset, split) == ("wikitext2", "evaluation") or Path(dataset).exists()
+    if not local and not offline:
+        _require_hub(dataset)
 
 
 def load_documents(dataset: str, *, split: Split, offline: bool = False) -> Iterator[str]:
@@ -94,7 +104,19 @@ def hub_documents(source: HubFiles, offline: bool) -> Iterator[str]:
             yield text
 
 
+def _require_hub(dataset: str) -> None:
+    """InputError at once where the hub does not answer: `datasets` asks it for minutes before it gives up."""
+    silence = hub_silence()
+    if silence:
+        known = "" if dataset in NAMED else near_path(dataset, is_text_file)
+        raise InputError(
+            f"dataset: {dataset} comes from the Hugging Face hub, which does not answer ({silence}){known or ';'} use "
+            "--dataset demo (embedded), a file (.txt, .jsonl, .parquet), or --offline if the hub's cache has it"
+        )
+
+
 def _streamed(source: HubFiles) -> Iterator[str]:
+    _require_hub(source.repository)
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -119,8 +141,9 @@ def _streamed(source: HubFiles) -> Iterator[str]:
     except failures as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"dataset: {source.repository} could not be read from the hub ({reason}); check its name and the "
-            "network, or use the dataset demo or a local file"
+            f"dataset: {source.repository} could not be read from the hub ({reason})"
+            f"{near_path(source.repository, is_text_file) or ';'} check its name and the network, or use the dataset "
+            "demo or a local file"
         ) from error
 
 

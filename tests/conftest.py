@@ -64,6 +64,13 @@ def _overlap() -> Iterator[None]:
     set_overlap(False)
 
 
+@pytest.fixture(autouse=True)
+def _hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asks the network whether the hub is there."""
+    for module in ("text_sources", "cli.harness_options"):
+        monkeypatch.setattr(f"marlin_gptq.{module}.hub_silence", lambda: "")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of checkpoints and texts too large to commit; without it the tests that ask are skipped."""

@@ -24,6 +24,7 @@ from marlin_gptq.calibration import (
 )
 from marlin_gptq.errors import InputError
 from marlin_gptq.text_files import articles
+from marlin_gptq.text_sources import require_source
 
 DATA = Path(__file__).resolve().parents[1] / "marlin_gptq" / "data"
 
@@ -233,6 +234,41 @@ def test_hub_failures_name_the_dataset_and_the_way_out(monkeypatch: pytest.Monke
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(InputError, match=r"owner/name could not be read from the hub \(.+\).*dataset demo"):
         read("owner/name")
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hub_silence() -> str:
+        asked.append(True)
+        return "name or service not known"
+
+    monkeypatch.setattr("marlin_gptq.text_sources.hub_silence", hub_silence)
+    for dataset, split in (("redpajama", "calibration"), ("wikitext2", "calibration"), ("owner/name", "evaluation")):
+        sentence = (
+            rf"{dataset} comes from the .* hub, which does not answer \(name or .*\); use --dataset demo .*--offline"
+        )
+        with pytest.raises(InputError, match=sentence):
+            require_source(dataset, split=split)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="does not answer"):
+        read("c4")
+    assert len(asked) == 4
+    require_source("redpajama", split="calibration", offline=True)
+    require_source("demo", split="calibration")
+    require_source("wikitext2", split="evaluation")
+    assert len(asked) == 4, "what is here needs no hub"
+
+
+def test_a_file_that_is_nearly_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "calib.jsonl").write_text('{"text": "a"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("marlin_gptq.text_sources.hub_silence", lambda: "no route")
+    for given in ("texts/calb.jsonl", "text/calib.jsonl", "texts/calib.json"):
+        with pytest.raises(InputError, match=r"did you mean texts/calib\.jsonl\?"):
+            require_source(given, split="calibration")
+    with pytest.raises(InputError, match="got 'redpyjama', did you mean redpajama"):
+        require_source("redpyjama", split="calibration")
 
 
 def test_offline_reads_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from character_model import save_character_model
 from click.testing import CliRunner, Result
 
-from marlin_gptq.cli import quantize
+from marlin_gptq.cli import options, quantize
 from marlin_gptq.cli.evaluate import main
 from marlin_gptq.kernel import library
 
@@ -46,6 +46,30 @@ def refused(*arguments: Any) -> str:
     assert result.exit_code == 2, result.output
     assert result.stdout == "" and "Traceback" not in result.stderr
     return result.stderr.strip().split("\n")[-1].removeprefix("error: ")
+
+
+@pytest.mark.parametrize("command", ["perplexity", "throughput", "mmlu", "report"])
+def test_a_baseline_in_the_place_of_the_model(model_dir: Path, quantized_dir: Path, command: str) -> None:
+    sentence = refused(command, model_dir, "--baseline", quantized_dir)
+    assert sentence == (
+        f"--baseline: got {quantized_dir}, which is quantized, for {model_dir}, which is not; the two have changed "
+        f"places: give {quantized_dir} --baseline {model_dir}"
+    )
+
+
+def test_a_baseline_that_is_another_model(quantized_dir: Path, text: str, tmp_path: Path) -> None:
+    other = save_character_model(tmp_path / "other", intermediate_size=384)
+    arguments = ("--dataset", text, "--device", "cpu", "--seq-len", 64, "--no-divergence")
+    result = run("perplexity", quantized_dir, "--baseline", other, *arguments)
+    assert result.exit_code == 0, result.output
+    warning = f"warning: --baseline {other} is not the model that {quantized_dir} was made from: intermediate_size "
+    assert warning in result.stderr
+    assert "warning: --baseline" not in run("perplexity", quantized_dir, "--baseline", quantized_dir, *arguments).stderr
+
+
+def test_a_baseline_of_several_parts() -> None:
+    config = {"model_type": "whole", "text_config": {"model_type": "text", "hidden_size": 8}, "vocab_size": 9}
+    assert [options._setting(config, key) for key in ("model_type", "hidden_size", "vocab_size")] == ["text", 8, 9]
 
 
 def test_a_model_beside_its_baseline(model_dir: Path, quantized_dir: Path, text: str) -> None:

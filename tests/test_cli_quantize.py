@@ -88,7 +88,12 @@ def test_a_recipe_that_tunes_tells_how_far_it_is(model_dir: Path, texts: str, tm
     result = run(model_dir, "-o", output, "--dataset", texts, "--device", "cpu", "--preset", "best", *short)
     assert result.exit_code == 0, result.output
     settings = json.loads((output / "config.json").read_text())["quantization_config"]
-    assert (settings["preset"], settings["tune_steps"], settings["signed_scales"]) == ("best", 20, False)
+    assert settings["preset"] == (
+        "best, changed: signed_scales false, refine_sweeps 1, tune_steps 20, tune_batch 2, tune_written 2, "
+        "tune_block_steps 10"
+    )
+    assert f"recipe     gptq, preset {settings['preset']}" in result.stdout
+    assert (settings["tune_steps"], settings["signed_scales"]) == (20, False)
     assert (settings["tune_codes"], settings["damp_percent"], settings["refine_sweeps"]) == (True, 0.01, 1)
     assert settings["tune_block_steps"] == 10
     assert re.search(r"^blocks     [012] of 2 better for their tuning", result.stdout, flags=re.MULTILINE)
@@ -96,6 +101,20 @@ def test_a_recipe_that_tunes_tells_how_far_it_is(model_dir: Path, texts: str, tm
     assert re.search(r"^tuning     KL 0\.\d+ -> 0\.\d+ on 1 windows kept aside", result.stdout, flags=re.MULTILINE)
     assert re.search(r"^tune: 50%  elapsed 0:\d\d  left 0:\d\d  KL 0\.\d+$", result.stderr, flags=re.MULTILINE)
     assert "write text: 100%" in result.stderr and "full precision: 100%" in result.stderr
+
+
+def test_the_result_names_what_was_done_where_the_default_leaves_its_tuning_out(
+    model_dir: Path, texts: str, tmp_path: Path
+) -> None:
+    out, done = tmp_path / "out", "best, changed: tune_steps 0"
+    arguments = [str(model_dir), "-o", str(out), "--dataset", texts, "--n-samples", "3", "--device", "cpu", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["config"]["preset"] == done
+    assert json.loads((out / "quantize_log.json").read_text())["config"]["preset"] == done
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["preset"] == done
+    assert f"| method | gptq, preset {done} |" in (out / "README.md").read_text()
+    assert f": gptq, preset {done}; 4 bits" in result.stderr
 
 
 def test_json_is_one_object_on_stdout(model_dir: Path, texts: str, tmp_path: Path) -> None:
@@ -405,11 +424,11 @@ def test_debug_shows_the_traceback_of_a_users_mistake(tmp_path: Path) -> None:
 def test_the_offline_switch_also_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
-    def resolve_model(model: str, revision: str | None, offline: bool) -> Path:
+    def resolve_model(model: str, revision: str | None, offline: bool, config_only: bool) -> Path:
         asked.append(offline)
         raise InputError("stop here")
 
-    monkeypatch.setattr(quantize, "resolve_model", resolve_model)
+    monkeypatch.setattr(options, "resolve_model", resolve_model)
     for environment, flags in (({}, []), ({"HF_HUB_OFFLINE": "1"}, []), ({"HF_HUB_OFFLINE": None}, ["--offline"])):
         CliRunner().invoke(main, ["owner/name", "-o", str(tmp_path / "out"), *flags], env=environment)
     assert asked == [False, True, True]
@@ -437,6 +456,9 @@ def test_what_people_read() -> None:
         "13.5 GB",
     ]
     assert [options.show_time(seconds) for seconds in (7.9, 754, 3723)] == ["0:07", "12:34", "1:02:03"]
+    rough = [options.show_rough_time(seconds) for seconds in (0.3, 1.2, 27, 180, 700, 9000, 86400, 10**8)]
+    assert rough[:4] == ["a second or less", "2 s or less", "20 s to 1 min", "2 to 5 min"]
+    assert rough[4:] == ["5 to 20 min", "2 to 5 h", "10 h to 2 days", "100 days or more"]
     assert failures.explain(click.Abort()) == ("interrupted", 2)
 
 
@@ -523,6 +545,7 @@ def test_a_process_of_its_own_does_not_find_what_the_command_leaves_unused(monke
         command.main([])  # called from another program
     assert "surely_not_there" not in sys.modules
     monkeypatch.setattr(sys, "argv", ["name"])
+    monkeypatch.delitem(sys.modules, "transformers")  # once it is there, it has looked for them
     try:
         with pytest.raises(SystemExit):
             command.main()

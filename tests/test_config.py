@@ -96,6 +96,33 @@ def test_bad_settings_are_named(changes: dict, message: str) -> None:
         QuantizationConfig(**changes)
 
 
+@pytest.mark.parametrize(
+    ("config", "name", "recipe"),
+    [
+        (QuantizationConfig.from_preset("best"), "best", "gptq, preset best"),
+        (QuantizationConfig.from_preset("best", group_size=64, skip=("x",)), "best", "gptq, preset best"),
+        (
+            QuantizationConfig.from_preset("best", tune_steps=0, tune_rate=0.5),
+            "best, changed: tune_steps 0",
+            "gptq, preset best, changed: tune_steps 0",
+        ),
+        (
+            QuantizationConfig(clip=False, damp_percent=0.05),
+            "marlin, changed: damp_percent 0.05, clip false",
+            "gptq, preset marlin, changed: damp_percent 0.05, clip false",
+        ),
+        (QuantizationConfig(method="rtn", clip=False), "marlin", "rtn"),
+        (QuantizationConfig(method="imported", preset="none"), "none", "imported"),
+    ],
+)
+def test_files_name_what_was_done(config: QuantizationConfig, name: str, recipe: str) -> None:
+    assert (config.preset_name, config.recipe) == (name, recipe)
+    assert config.to_dict()["preset"] == name
+    assert QuantizationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    older = config.to_dict() | {"preset": config.preset}  # as they were written before
+    assert QuantizationConfig.from_dict(older) == config
+
+
 def test_foreign_checkpoints_are_refused() -> None:
     with pytest.raises(InputError, match="quant_method: got 'gptq', expected 'marlin_gptq'"):
         QuantizationConfig.from_dict({"quant_method": "gptq"})

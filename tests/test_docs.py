@@ -12,7 +12,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from marlin_gptq.config import DEFAULT_PRESET
+from marlin_gptq.config import DEFAULT_PRESET, QuantizationConfig
+from marlin_gptq.modeling.outline import outline
+from marlin_gptq.overrides import read_overrides, require_matches
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -64,7 +66,8 @@ def every_option(command: click.Command) -> set[str]:
 def load(name: str) -> click.Command:
     (entry,) = entry_points(group="console_scripts", name=name)
     command = entry.load()
-    return command if isinstance(command, click.Command) else command.__wrapped__
+    assert isinstance(command, click.Command)
+    return command
 
 
 def test_tree_names_what_git_tracks(tracked: list[str]) -> None:
@@ -136,6 +139,16 @@ def test_documents_name_the_default_preset() -> None:
     assert re.findall(r"`(\w+)` \(default\)", changelog.read_text("utf-8")) == [DEFAULT_PRESET]
     text = " ".join(CliRunner().invoke(load("marlin-quantize"), ["--help"]).stdout.split())
     assert f"[default: {DEFAULT_PRESET}]" in text
+
+
+def test_the_first_config_sample_is_for_a_dense_model(tiny_llama: Path, tmp_path: Path) -> None:
+    """As printed, with experts in a sample of their own: a line that matches nothing is an error."""
+    sample, experts = re.findall(r"^```yaml\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "over.yaml").write_text(sample)
+    dense = [linear.name for block in outline(tiny_llama, QuantizationConfig()).blocks for linear in block.linears]
+    require_matches(QuantizationConfig(overrides=read_overrides(tmp_path / "over.yaml")), dense, [])
+    (tmp_path / "experts.yaml").write_text(experts)
+    assert read_overrides(tmp_path / "experts.yaml")[0].group_size == 32
 
 
 @pytest.mark.parametrize("command", COMMANDS)

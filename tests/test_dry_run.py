@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from helpers import EXPERT_MODELS, SEVEN_B, config_only, save_tiny_model
 
+from marlin_gptq.cli.dry_run import products_per_second
 from marlin_gptq.cli.quantize import main
+from marlin_gptq.known_gpus import KNOWN, named
 
 
 def dry(*arguments: object) -> str:
@@ -31,9 +35,37 @@ def test_dry_run_reads_the_config_only(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [model] and len(list(model.iterdir())) == 1
 
 
+def test_dry_run_for_a_gpu_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    model = config_only(tmp_path / "model", **SEVEN_B)
+    text = dry(model, "--device", "cuda", "--max-gpu-memory", "12GB")
+    assert "(of 141.0 GB)" in text and re.search(r"^time         about 10 to 30 s on one H200, ", text, re.MULTILINE)
+    found = {gpu: json.loads(dry(model, "--gpu", gpu, "--json")) for gpu in ("h200", "a100-80", "4090")}
+    assert all(one["device"] == "cuda" and one["gpu_bytes"] == KNOWN[gpu].memory for gpu, one in found.items())
+    assert found["h200"]["seconds"] < found["a100-80"]["seconds"] < found["4090"]["seconds"]
+    assert found["4090"]["plan"]["place"] == "device"
+    assert json.loads(dry(model, "--gpu", "4090", "--json", "--n-samples", 4096))["plan"]["place"] == "host"
+    assert "more than the 24.0 GB of it" in dry(model, "--gpu", "4090", "--spill", "none", "--n-samples", 4096)
+    default = CliRunner().invoke(main, [str(model), "--dry-run", "--device", "cuda"])
+    assert "note: there is no GPU here: estimated for one H200; --gpu names another" in default.stderr
+    assert "tuning       4000 steps" in default.stdout, "111 GB, which it has"
+    less = CliRunner().invoke(main, [str(model), "--dry-run", "--gpu", "4090"])
+    assert "preset best tunes scales and norm weights only" in less.stderr and "24.0 GB are free" in less.stderr
+    for arguments, sentence in ((["--device", "cpu"], "beside --device cpu"), (["-o", "out"], "goes with --dry-run")):
+        only = [] if "-o" in arguments else ["--dry-run"]
+        result = CliRunner().invoke(main, [str(model), *only, "--gpu", "4090", *arguments])
+        assert result.exit_code == 2 and sentence in result.stderr
+
+
+def test_times_are_the_same_at_each_call(tmp_path: Path) -> None:
+    """A machine's speed is measured and then rounded by far: three calls beside whatever else runs here."""
+    model = config_only(tmp_path / "model", **SEVEN_B)
+    assert len({json.loads(dry(model, "--json", "--device", "cpu"))["seconds"] for _ in range(3)}) == 1
+
+
 def test_dry_run_says_what_the_tuning_adds(tmp_path: Path) -> None:
     model = config_only(tmp_path / "model", **SEVEN_B)
-    text = dry(model, "--preset", "best")
+    text = dry(model, "--preset", "best", "--device", "cpu")
     assert "(memory, time and plan are those of the pass over the blocks, without the tuning)" in text
     assert "tuning       4000 steps of 16 windows, on a GPU with 11" in text
     found, plain = (json.loads(dry(model, "--preset", "best", "--json", *more)) for more in ((), ("--tune-steps", 0)))
@@ -74,3 +106,16 @@ def test_dry_run_refuses_what_a_run_would(tmp_path: Path) -> None:
             main, [str(argument) for argument in (model, "--dry-run", "--preset", "marlin", *arguments)]
         )
         assert result.exit_code == 2 and sentence in result.stderr, result.output
+
+
+@pytest.mark.gpu
+def test_dry_run_on_the_gpu_that_is_here(tmp_path: Path) -> None:
+    """Its memory is asked, its rate known by its name, or measured and rounded: the same at each call."""
+    model = config_only(tmp_path / "model", **SEVEN_B)
+    first, second = (json.loads(dry(model, "--device", "cuda", "--json")) for _ in range(2))
+    assert first["seconds"] == second["seconds"] > 0
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert first["machine"] == torch.cuda.get_device_name() and 0 < first["gpu_bytes"] <= total
+    measured = products_per_second(torch.device("cuda"))
+    known = named(torch.cuda.get_device_name())
+    assert known is None or 0.4 < measured / known.products < 4

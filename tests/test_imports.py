@@ -39,7 +39,7 @@ LAYERS = [
     },
     {"marlin_gptq.destination"},
     {"marlin_gptq.disk"},
-    {"marlin_gptq.errors"},
+    {"marlin_gptq.errors", "marlin_gptq.near_names"},
 ]
 PARTS = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}
 # Imported only inside functions: quantizing needs neither, and importing the library stays quick.

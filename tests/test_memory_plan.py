@@ -49,7 +49,7 @@ def test_what_stages_keep_is_given_up_first(tmp_path: Path) -> None:
     assert plan_within(found, job, staged) == Plan(staged=True)
     assert plan_within(found, job, plain) == Plan()
     assert plan_within(found, job, staged, "host") == Plan("host")
-    assert seconds(found, job, 1e12, 1e12, staged=True) < seconds(found, job, 1e12, 1e12)
+    assert seconds(found, job, 1e12, staged=True) < seconds(found, job, 1e12)
     experts = save_tiny_model(tmp_path / "experts", "mixtral", **EXPERT_MODELS["mixtral"])
     assert staged_bytes(outline(experts, QuantizationConfig()), job) == 256_000 * (128 + 128 + 2 * 128) * 2
 

@@ -1,4 +1,4 @@
-"""What gets installed: one importable name, its data, its commands; pins that cover every dependency."""
+"""What gets installed: the library and where its commands begin, its data; pins that cover every dependency."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def test_wheel_puts_one_name_into_site_packages(wheel: zipfile.ZipFile) -> None:
+def test_wheel_puts_its_own_names_into_site_packages(wheel: zipfile.ZipFile) -> None:
     top = {name.split("/")[0] for name in wheel.namelist()}
     version = PROJECT["project"]["version"]
     assert top == {"marlin_gptq", f"marlin_gptq-{version}.dist-info"}

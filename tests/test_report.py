@@ -188,6 +188,14 @@ def test_bad_inputs(model_dir: Path, tmp_path: Path, arguments: tuple[str, ...],
     assert not (tmp_path / "report.html").exists()
 
 
+def test_the_figures_do_not_replace_the_measurements(quantized_dir: Path, tmp_path: Path) -> None:
+    speeds = tmp_path / "speed.json"
+    speeds.write_text('[{"m": 1}]')
+    result = run(quantized_dir, "--throughput", speeds, "-o", tmp_path / "speed.html")
+    assert result.exit_code == 2 and "the file of --throughput; give another --output" in result.stderr
+    assert speeds.read_text() == '[{"m": 1}]'
+
+
 def test_throughput_files(tmp_path: Path) -> None:
     file = tmp_path / "speed.json"
     row = {"m": 1, "microseconds": 8.4}

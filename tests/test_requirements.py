@@ -91,11 +91,17 @@ def test_the_command_decides_only_what_nobody_chose(
 
     monkeypatch.setattr(requirements, "require_quantizable", refuse)
     command = [str(model), "-o", str(tmp_path / "out"), "--device", "cpu"]
-    for extra in ([], ["--preset", "best"], ["--tune-rate", "1e-3"]):
+    for extra in ([], ["--preset", "best", "--tune-steps", "0"], ["--tune-steps", "4000"]):
         result = CliRunner().invoke(quantize.main, command + extra)
         assert result.exit_code == 2 and "far enough" in result.stderr
         assert ("note: preset best runs without its end-to-end tuning" in result.stderr) is (extra == [])
-    assert asked == [PASS, BEST, QuantizationConfig.from_preset("best", tune_rate=1e-3)]
+    assert asked == [PASS, PASS, BEST]
+    for extra in (["--preset", "best"], ["--tune-rate", "1e-3"]):
+        result = CliRunner().invoke(quantize.main, command + extra)
+        assert result.exit_code == 2 and len(asked) == 3
+        sentence = result.stderr.strip().split("\n")[-1]
+        assert sentence.startswith("error: --preset best: its end-to-end tuning takes days without a GPU")
+        assert "use --tune-steps 0" in sentence
 
 
 def with_tensors(directory: Path, more: dict[str, torch.Tensor]) -> Path:

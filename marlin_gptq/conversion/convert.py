@@ -27,6 +27,7 @@ from marlin_gptq.conversion.settings import (
 )
 from marlin_gptq.conversion.source import Source
 from marlin_gptq.conversion.survey import Survey, run_linear, survey
+from marlin_gptq.destination import conversion_inputs
 from marlin_gptq.disk import require_space
 from marlin_gptq.errors import InputError
 from marlin_gptq.model_directory import OLD_SETTINGS
@@ -77,7 +78,7 @@ def convert_checkpoint(
     bytes_before = sum(source.store.size(name) for name in source.store.names)
     require_space(output, bytes_before)
     writer: CheckpointWriter | StateDictWriter
-    inputs = sources(path, base)
+    inputs = conversion_inputs(path, base)
     if to == ORIGINAL:
         writer = StateDictWriter(output, overwrite=overwrite, inputs=inputs)
     else:
@@ -116,11 +117,6 @@ def convert_checkpoint(
             _write_companions(writer, source, result_settings(source, target), report)
         writer.finish()
     return report
-
-
-def sources(path: Path, base: Path | None) -> dict[str, Path]:
-    """What a conversion reads, as sentences call it; no output may take its place."""
-    return {"the model": path} | ({} if base is None else {"the base model": base})
 
 
 def _target(source: Source, found: Survey, to: str, gptq_version: int | None) -> Layout:
