@@ -150,10 +150,11 @@ def test_experts_fused_in_the_files_are_read_by_parts(tmp_path: Path) -> None:
 def test_where_fused_files_hold_a_projection(tmp_path: Path) -> None:
     config = BlockStream(source_of(tmp_path, "qwen3_moe"), device=CPU).config
     prefix = "model.layers.0.mlp.experts"
-    assert fused_source(f"{prefix}.2.gate_proj.weight", config, 64) == (f"{prefix}.gate_up_proj", (2, slice(0, 64)))
-    assert fused_source(f"{prefix}.2.up_proj.weight", config, 64) == (f"{prefix}.gate_up_proj", (2, slice(64, 128)))
-    assert fused_source(f"{prefix}.2.down_proj.weight", config, 128) == (f"{prefix}.down_proj", (2, slice(None)))
-    assert fused_source("model.layers.0.mlp.gate.weight", config, 4) is None
+    both = f"{prefix}.gate_up_proj"
+    assert fused_source(f"{prefix}.2.gate_proj.weight", config, (64, 128)) == (both, (2, slice(0, 64)))
+    assert fused_source(f"{prefix}.2.up_proj.weight", config, (64, 128)) == (both, (2, slice(64, 128)))
+    assert fused_source(f"{prefix}.2.down_proj.weight", config, (128, 64)) == (f"{prefix}.down_proj", (2, slice(None)))
+    assert fused_source("model.layers.0.mlp.gate.weight", config, (4, 128)) is None
 
 
 # ---- calibration

@@ -149,8 +149,15 @@ def replace_linears(model: nn.Module, config: Any, settings: QuantizationConfig,
                 device=linear.weight.device,
             )
             set_module(model, name, layer)
+            _leave_uninitialised(model.get_submodule(name.rpartition(".")[0]))
             replaced.append(name)
     return replaced
+
+
+def _leave_uninitialised(parent: nn.Module) -> None:
+    """Some models draw the weights of a module's linears when they initialise the module: here there are none."""
+    if not parent._parameters and not parent._buffers:
+        parent._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -26,6 +26,7 @@ from marlin_gptq.kernel import why_not
 from marlin_gptq.modeling.architecture import decoder_blocks, quantization_settings, read_config, replace_linears
 from marlin_gptq.modeling.asides import Asides
 from marlin_gptq.modeling.attention import ANY_LENGTH, REPEATABLE
+from marlin_gptq.modeling.block_output import hidden_of
 from marlin_gptq.modeling.experts import separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.modeling.packed import PROBE_LENGTHS, joined_arguments, make_of, mistake, packs_of, within_samples
@@ -94,7 +95,6 @@ class BlockStream:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids int64 [B, T] → the input of block 0 [B, T, hidden_size]; outside `block(0)`."""
-        self.weights.load_outer(self.model.get_input_embeddings())
         return self._asides.embed(ids.to(self.device))
 
     @contextmanager
@@ -108,6 +108,8 @@ class BlockStream:
             layer.hold_dense(not self._kernel_runs())
         self._asides.enter(index)
         try:
+            if self._asides.returned is None:
+                self._asides.learn(index, torch.empty((), dtype=self.dtype, device=self.device))
             yield block
         finally:
             self._asides.leave(index)
@@ -154,7 +156,7 @@ class BlockStream:
                 output = torch.func.functional_call(block, dict(tensors), (hidden, *args), kwargs)
             else:
                 output = block(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return hidden_of(output)
 
     @torch.no_grad()
     def packs(self, index: int, shapes: Sequence[tuple[int, int]], tokens: int) -> list[range]:
@@ -210,16 +212,22 @@ class BlockStream:
         """The last block's output [B, T, hidden_size] → logits [B, T, vocab_size]: final norm and output head.
 
         Gradients go to `hidden` if it asks for them."""
-        self.weights.load_outer()
-        with self._asides.leaving(hidden):
-            return self.model(inputs_embeds=hidden, use_cache=False).logits
+        with self._leaving(hidden) as embedded:
+            return self.model(inputs_embeds=embedded, use_cache=False).logits
 
     @torch.no_grad()
     def final(self, hidden: Tensor) -> Tensor:
         """The last block's output [B, T, hidden_size] → what the output head sees: the final norm, no logits."""
-        self.weights.load_outer()
-        with self._asides.leaving(hidden):
-            return self.model.get_decoder()(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        with self._leaving(hidden) as embedded:
+            return self.model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def _leaving(self, hidden: Tensor) -> Iterator[Tensor]:
+        if self._asides.returned is None:
+            with self.block(0):
+                pass  # what blocks return is known now
+        with self._asides.leaving(hidden) as embedded:
+            yield embedded
 
     def release(self) -> None:
         """Let the weights outside the blocks go; `embed` and `head` read them again when called."""

@@ -13,7 +13,7 @@ quantized, stored and loaded like every other linear. The router stays what it w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -111,17 +111,17 @@ def file_name(name: str, config: Any) -> str:
     return name.replace(here, there) if here else name
 
 
-def fused_source(name: str, config: Any, inner: int) -> tuple[str, tuple[int, slice]] | None:
+def fused_source(name: str, config: Any, shape: Sequence[int]) -> tuple[str, tuple[int, slice]] | None:
     """Where files with fused experts hold the tensor `….experts.3.up_proj.weight`: (tensor, (expert, rows)).
 
-    `inner` is the expert's inner width. None if `name` is no weight of an expert.
+    `shape` is its own. None if `name` is no weight of an expert.
     """
     found = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
     names = _names(config)
     if not found or found[3] not in names:
         return None
     position = names.index(found[3])
-    rows = slice(None) if position == 2 else slice(position * inner, (position + 1) * inner)
+    rows = slice(None) if position == 2 else slice(position * shape[0], (position + 1) * shape[0])
     return f"{found[1]}.{'down_proj' if position == 2 else 'gate_up_proj'}", (int(found[2]), rows)
 
 
@@ -131,13 +131,18 @@ def expert_lists(block: nn.Module) -> dict[str, Experts]:
 
 
 def routing_modules(block: nn.Module) -> set[str]:
-    """Names of the modules that route or weigh tokens: beside a list of experts, with parameters of their own."""
+    """Names of the modules that route or weigh tokens: beside a list of experts, with parameters of their own, or a
+    linear further inside that gives a number for each expert."""
     routing = set()
-    for name in expert_lists(block):
+    for name, experts in expert_lists(block).items():
         parent = name.rpartition(".")[0]
-        for child, module in block.get_submodule(parent).named_children():
-            if any(True for _ in module.parameters(recurse=False)):
-                routing.add(f"{parent}.{child}" if parent else child)
+        for child, sibling in block.get_submodule(parent).named_children():
+            for own, module in sibling.named_modules(prefix=f"{parent}.{child}" if parent else child):
+                if module is experts:
+                    break
+                routes = module is sibling or getattr(module, "out_features", None) == len(experts)
+                if routes and any(True for _ in module.parameters(recurse=False)):
+                    routing.add(own)
     return routing
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from marlin_gptq.modeling.read_ahead import ReadAhead, Source, read
 
 class StreamedWeights:
     """Of a model without weights on `meta`: parameters and persistent buffers come when asked for, and go again.
+
+    Modules outside the blocks (embeddings, positions, norms, projections, the head) ask when they are called.
 
     prefix, blocks  full name of the list of decoder blocks, and these, which are not in `model` themselves.
     settings        of a quantized checkpoint, else None.
@@ -37,26 +40,26 @@ class StreamedWeights:
         self.store, self.settings, self.device = store, settings, device
         self._tied = self._tied_names()
         self._ahead = ReadAhead(store, device)
+        self._outer = [pair for pair in model.named_modules() if any(True for _ in pair[1].parameters(recurse=False))]
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(partial(self._load_called, name))
 
     def block_name(self, index: int) -> str:
         """Full name, for instance `model.layers.0`."""
         return f"{self.prefix}.{index}"
 
     def load_block(self, index: int) -> None:
-        self._load([(self.block_name(index), self.blocks[index])])
-
-    def load_outer(self, only: nn.Module | None = None) -> None:
-        """Of the modules outside the blocks; `only` narrows it to one."""
-        self._load(self._outer_modules(only))
+        self._load(self.blocks[index].named_modules(prefix=self.block_name(index)))
 
     def release_outer(self) -> None:
-        for _, module in self._outer_modules(None):
+        """Let go what modules outside the blocks read; they read it again when they are called."""
+        for _, module in self._outer:
             release(module)
 
     def read_ahead(self, index: int) -> None:
         """Begin to read block `index` into host memory; `close` ends it."""
-        root = [(self.block_name(index), self.blocks[index])]
-        self._ahead.start({name: self._source(name, like) for _, _, name, like in self._absent(root)})
+        modules = self.blocks[index].named_modules(prefix=self.block_name(index))
+        self._ahead.start({name: self._source(name, like) for _, _, name, like in self._absent(modules)})
 
     def close(self) -> None:
         """End the thread that reads ahead, if one began."""
@@ -64,7 +67,7 @@ class StreamedWeights:
 
     def outer_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter outside the blocks as it stands in the files, on the CPU; of tied ones the stored one."""
-        for prefix, module in self._outer_modules(None):
+        for prefix, module in self._outer:
             for own, _ in module.named_parameters(recurse=False):
                 if (name := f"{prefix}.{own}") in self.store:
                     yield name, self.store.get(name)
@@ -74,7 +77,7 @@ class StreamedWeights:
         for index, block in enumerate(self.blocks):
             for name, tensor in persistent(block):
                 yield f"{self.block_name(index)}.{name}", tensor.numel()
-        for prefix, module in self._outer_modules(None):
+        for prefix, module in self._outer:
             for own, parameter in module.named_parameters(recurse=False):
                 if (name := f"{prefix}.{own}") in self.store:
                     yield name, parameter.numel()
@@ -89,37 +92,32 @@ class StreamedWeights:
         for index, block in enumerate(self.blocks):
             for name, tensor in persistent(block):
                 full = f"{self.block_name(index)}.{name}"
-                fused = fused_source(full, self.config, tensor.shape[0])
+                fused = fused_source(full, self.config, tensor.shape)
                 known |= {full, self.file_name(full)} | ({fused[0], self.file_name(fused[0])} if fused else set())
-        known |= {f"{prefix}.{own}" for prefix, module in self._outer_modules(None) for own in module._parameters}
+        known |= {f"{prefix}.{own}" for prefix, module in self._outer for own in module._parameters}
         return sorted(name for name in set(self.store.names) - known if not name.endswith("rotary_emb.inv_freq"))
 
-    def _outer_modules(self, only: nn.Module | None) -> list[tuple[str, nn.Module]]:
-        """Modules outside the blocks that hold parameters of their own; `only` narrows it to one."""
-        found = []
-        for name, module in self.model.named_modules():
-            if not any(True for _ in module.parameters(recurse=False)):
-                continue
-            if only is None or module is only:
-                found.append((name, module))
-        return found
+    def _load_called(self, name: str, module: nn.Module, _: tuple) -> None:
+        """A hook before the forward of a module outside the blocks; lists of parameters are read with their owner."""
+        self._load([(name, module)])
+        for own, child in module.named_children():
+            if type(child).forward is nn.Module.forward:
+                self._load_called(f"{name}.{own}" if name else own, child, ())
 
-    def _load(self, modules: list[tuple[str, nn.Module]]) -> None:
-        """Read every parameter and persistent buffer of these modules that is still without data."""
+    def _load(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Read every parameter and persistent buffer of these modules themselves that is still without data."""
         for module, own, full, like in self._absent(modules):
             tensor = self._read(full, like)
             parameter = isinstance(like, nn.Parameter)
             setattr(module, own, nn.Parameter(tensor, requires_grad=False) if parameter else tensor)
 
     @staticmethod
-    def _absent(modules: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, str, str, Tensor]]:
+    def _absent(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, str, str, Tensor]]:
         """(module, name in it, full name, itself) of every parameter and persistent buffer without data."""
         found: list[tuple[nn.Module, str, str, Tensor]] = []
-        for prefix, root in modules:
-            for name, module in root.named_modules():
-                full = ".".join(part for part in (prefix, name) if part)
-                named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-                found += [(module, own, f"{full}.{own}", like) for own, like in named if like.is_meta]
+        for name, module in modules:
+            named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            found += [(module, own, f"{name}.{own}" if name else own, like) for own, like in named if like.is_meta]
         return found
 
     def _read(self, name: str, like: Tensor) -> Tensor:
@@ -139,7 +137,7 @@ class StreamedWeights:
 
     def _source(self, name: str, like: Tensor) -> Source:
         """(tensor in the files, part of it or None for all): files may hold the experts of a layer in one tensor."""
-        fused = None if name in self.store else fused_source(name, self.config, like.shape[0])
+        fused = None if name in self.store else fused_source(name, self.config, like.shape)
         for stored in (fused[0], self.file_name(fused[0])) if fused else ():
             if stored in self.store:
                 return stored, fused[1] if fused else None
@@ -176,7 +174,7 @@ class StreamedWeights:
         for index, block in enumerate(self.blocks):
             for name, tensor in persistent(block):
                 self._require_shape(f"{self.block_name(index)}.{name}", tensor)
-        for prefix, module in self._outer_modules(None):
+        for prefix, module in self._outer:
             for own, parameter in module.named_parameters(recurse=False):
                 self._require_shape(f"{prefix}.{own}", parameter)
 
