@@ -94,7 +94,7 @@ class BlockRun(RunState):
 
     def copy_outer(self, writer: CheckpointWriter) -> None:
         """Write the tensors outside the blocks as they are."""
-        for name, tensor in self.stream.weights.outer_parameters():
+        for name, tensor in self.stream.weights.outer_tensors():
             writer.add(name, self.stored(name, tensor))
         return_free_memory()
 

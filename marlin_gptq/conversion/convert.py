@@ -196,20 +196,18 @@ def result_settings(source: Source, target: Layout) -> dict[str, Any]:
     """The "quantization_config" of the result."""
     settings = source.settings
     damp, sequential = settings.get("damp_percent"), settings.get("true_sequential")
+    found = source.architecture
+    ours = target.format == "marlin"  # whose settings go by the model's own names
     written = Written(
         layout=target,
-        kept=source.kept,
-        outside=tuple(
-            name
-            for name in source.architecture.shapes
-            if not source.architecture.in_blocks(name) and name not in source.linears
-        ),
-        blocks=source.architecture.blocks,
-        linears=source.linears,
+        kept=tuple(found.modules[name] for name in source.kept) if ours else source.kept,
+        outside=tuple(name for name in found.shapes if not found.in_blocks(name) and name not in source.linears),
+        blocks=found.blocks if ours else found.stored_blocks,
+        linears=tuple(found.modules[name] for name in source.linears) if ours else source.linears,
         damp_percent=damp if isinstance(damp, float) else None,
         true_sequential=sequential if isinstance(sequential, bool) else None,
     )
-    if target.format == "marlin":
+    if ours:
         return marlin_settings(written, source.own).to_dict()
     return settings_for(written)
 

@@ -185,6 +185,7 @@ class Written:
 def settings_for(result: Written) -> dict[str, Any]:
     """The "quantization_config" of a foreign format, with the fields that vLLM, SGLang and transformers read."""
     layout = result.layout
+    left = [*(name for name in result.outside if name != HEAD), *result.kept]  # a vision part, and what was skipped
     if layout.format == "gptq":
         settings: dict[str, Any] = {
             "quant_method": "gptq",
@@ -202,9 +203,9 @@ def settings_for(result: Written) -> dict[str, Any]:
             settings["damp_percent"] = result.damp_percent
         if result.true_sequential is not None:
             settings["true_sequential"] = result.true_sequential
-        if result.kept:
+        if left:
             settings["modules_in_block_to_quantize"] = _by_block(result)
-            settings["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in result.kept}
+            settings["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left}
         return settings
     if layout.format == "awq":
         head = {"lm_head": True} if HEAD in result.linears else {}
@@ -214,7 +215,7 @@ def settings_for(result: Written) -> dict[str, Any]:
             "group_size": layout.group_size,
             "zero_point": True,
             "version": "gemm",
-            "modules_to_not_convert": list(result.kept) or None,
+            "modules_to_not_convert": left or None,
         } | head
     weights = {
         "num_bits": 4,

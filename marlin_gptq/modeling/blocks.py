@@ -27,8 +27,9 @@ from marlin_gptq.modeling.architecture import decoder_blocks, quantization_setti
 from marlin_gptq.modeling.asides import Asides
 from marlin_gptq.modeling.attention import ANY_LENGTH, REPEATABLE
 from marlin_gptq.modeling.block_output import hidden_of
-from marlin_gptq.modeling.experts import separate_experts
+from marlin_gptq.modeling.classes import empty_model, has_language_head, text_config
 from marlin_gptq.modeling.linear import MarlinLinear
+from marlin_gptq.modeling.names import StoredNames
 from marlin_gptq.modeling.packed import PROBE_LENGTHS, joined_arguments, make_of, mistake, packs_of, within_samples
 from marlin_gptq.modeling.streamed_weights import StreamedWeights, release, stored_dtype
 
@@ -47,14 +48,12 @@ class BlockStream:
     """
 
     def __init__(self, model_dir: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
         self.model_dir = model_dir
         self.device = device
-        self.config = read_config(model_dir)
+        config = read_config(model_dir)
+        self.config = text_config(config)
         self.store = TensorStore(model_dir)
-        settings = quantization_settings(self.config)
+        settings = quantization_settings(config)
         self.quantized = settings is not None
         self.settings = None if settings is None else QuantizationConfig.from_dict(settings)
         self.stored_dtype = stored_dtype(self.store, self.quantized)
@@ -64,19 +63,19 @@ class BlockStream:
                 f"{model_dir}: its scales are {self.stored_dtype}, which the kernel cannot run in {self.dtype}; "
                 f"use --dtype auto"
             )
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        self.model = empty_model(config, self.dtype)
         self.model.eval().requires_grad_(False)
-        separate_experts(self.model, self.config)
-        self.prefix, places = decoder_blocks(self.model, self.config)
+        self.has_head = has_language_head(config)
+        self.prefix, places = decoder_blocks(self.model, config)
         if self.settings is not None:
-            replace_linears(self.model, self.config, self.settings, self.stored_dtype)
+            replace_linears(self.model, config, self.settings, self.stored_dtype)
+        names = StoredNames(self.model, self.store.names)
         self._asides = Asides(self.model, places)
         self._blocks = self._asides.blocks
         # Of blocks tried: what goes wrong when samples share a pass.
         self._mistakes: dict[Hashable, str | None] = {}
         self._told_alone = False
-        self.weights = StreamedWeights(self.model, self.prefix, self._blocks, self.store, self.settings, device)
+        self.weights = StreamedWeights(self.model, self.prefix, self._blocks, self.store, names, self.settings, device)
         self.weights.require_complete()
         self._move_buffers()
 
@@ -211,7 +210,12 @@ class BlockStream:
     def head(self, hidden: Tensor) -> Tensor:
         """The last block's output [B, T, hidden_size] → logits [B, T, vocab_size]: final norm and output head.
 
-        Gradients go to `hidden` if it asks for them."""
+        Gradients go to `hidden` if it asks for them. InputError for a model without a language model's head."""
+        if not self.has_head:
+            raise InputError(
+                f"{self.model_dir}: holds a {type(self.model).__name__}, which gives no logits of the next token; what "
+                "is measured or tuned by them needs a model with a language model's head (…ForCausalLM)"
+            )
         with self._leaving(hidden) as embedded:
             return self.model(inputs_embeds=embedded, use_cache=False).logits
 
