@@ -171,7 +171,8 @@ def _quantize(
         raise InputError(f"{output}: is the model itself; give another --output")
     if not recipe_chosen:
         config = _within_reach(display, model_dir, config, where, way)
-    require_quantizable(model_dir, output, config, target, device=where, **way)
+    for note in require_quantizable(model_dir, output, config, target, device=where, **way):
+        display.say(f"note: {note}")
     for warning in require_exportable(model_dir, config, to, result_dtype(model_dir, target)):
         display.say(f"warning: {warning}")
 

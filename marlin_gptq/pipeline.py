@@ -36,6 +36,7 @@ from marlin_gptq.job import Job, Plan
 from marlin_gptq.memory_plan import plan_within, tuning_within
 from marlin_gptq.modeling.architecture import read_config, require_full_precision
 from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.modeling.classes import text_config
 from marlin_gptq.modeling.outline import outline
 from marlin_gptq.modeling.output_gradients import chosen_samples
 from marlin_gptq.output_directory import write_companions
@@ -47,6 +48,7 @@ from marlin_gptq.requirements import (
     linears_of,
     output_bytes,
     require_combination,
+    require_head,
     require_quantizable,
     result_dtype,
 )
@@ -101,6 +103,7 @@ def quantize_model(
     if config.method == "gptq" and not samples:
         raise InputError("samples: got none, GPTQ needs calibration text; use method rtn to round without it")
     require_full_precision(model_dir, read_config(model_dir))
+    require_head(config, read_config(model_dir))
     if config.tunes:
         require_quantizable(
             model_dir, output, config, dtype,
@@ -246,7 +249,7 @@ def _plan(
     free = free_bytes(device)
     inside = staged_bytes(outline(model_dir, config), job) if job.true_sequential else 0
     beside = min(SIDE_BY_SIDE, free // 8)
-    waiting = streams(job) * job.tokens * read_config(model_dir).hidden_size * job.compute_bytes
+    waiting = streams(job) * job.tokens * text_config(read_config(model_dir)).hidden_size * job.compute_bytes
     place = {None: "device" if waiting < free / 2 else "host", "none": "device"}.get(spill, spill or "device")
     staged = job.true_sequential and place == "device" and waiting + inside < free / 2
     plan = Plan(place, side_by_side=beside, staged=staged)
