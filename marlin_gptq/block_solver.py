@@ -234,9 +234,10 @@ class BlockSolver:
         with self.run.costs.measure("pack"):
             for name, part in self.parts.items():
                 packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
-        prefix = self.run.stream.block_name(self.index)
+        prefix, weights = self.run.stream.block_name(self.index), self.run.stream.weights
+        buffers = {f"{prefix}.{own}" for own, _ in self.block.named_buffers()}
         kept = {
-            name: self.run.stored(name, tensor)
+            name: weights.as_stored(name) if name in buffers else self.run.stored(name, tensor)
             for name, tensor in ((f"{prefix}.{own}", tensor) for own, tensor in self.block.state_dict().items())
             if name.removesuffix(".weight") not in self.linears
         }

@@ -100,8 +100,8 @@ def require_combination(
     if experts and config.method == "gptq" and config.correct_target:
         raise InputError(
             f"correct_target: got {config.correct_target:g} for a model with experts, whose tokens go to other experts "
-            "in full precision than in the quantized model, so that their inputs cannot be compared; use 0 (or "
-            "--preset marlin)"
+            "in full precision than in the quantized model, so that their inputs cannot be compared; use --preset "
+            "marlin (or --correct-target 0)"
         )
     if experts and config.method == "gptq" and config.two_sided:
         raise InputError(
@@ -144,7 +144,7 @@ def require_head(config: QuantizationConfig, model: Any) -> None:
     if not has_language_head(model):
         raise InputError(
             f"{asked} for a {name}, which has no language model's head, whose loss would tell what matters; use "
-            "--tune-steps 0 and --no-two-sided (or --preset marlin)"
+            "--preset marlin (or --tune-steps 0 and --no-two-sided)"
         )
     if config.tunes and text_config(model) is not model:
         raise InputError(
@@ -293,7 +293,7 @@ def output_bytes(
         k, n = padded_features(linear.in_features, linear.out_features)
         groups = linear.in_features // columns_per_group(linear.in_features, config.group_size_of(name))
         size += k * n // 2 + groups * n * target.itemsize
-    for name, elements in stream.weights.elements():
+    for name, elements, dtype in stream.weights.elements():
         if name.removesuffix(".weight") not in replaced:
-            size += elements * target.itemsize
+            size += elements * (dtype or target).itemsize
     return size

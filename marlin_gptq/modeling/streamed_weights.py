@@ -83,12 +83,22 @@ class StreamedWeights:
         """Those of `outer_names` as they stand in the files, on the CPU."""
         yield from ((name, self.store.get(name)) for name in self.outer_names())
 
-    def elements(self) -> Iterator[tuple[str, int]]:
-        """(name, number of elements) of every tensor of a result; outside the blocks by the files' name."""
+    def as_stored(self, name: str) -> Tensor:
+        """A buffer that blocks keep, as the files have it: a router's may be float32 in a model of 16 bits."""
+        return self.store.get(self.names.stored(name) or name)
+
+    def elements(self) -> Iterator[tuple[str, int, torch.dtype | None]]:
+        """(name, number of elements, dtype) of every tensor of a result; outside the blocks by the files' name.
+
+        The dtype is None where it is that of the result."""
         for index, block in enumerate(self.blocks):
-            for name, tensor in persistent(block):
-                yield f"{self.block_name(index)}.{name}", tensor.numel()
-        yield from ((name, torch.Size(self.store.shape(name)).numel()) for name in self.outer_names())
+            for own, tensor in persistent(block):
+                name = f"{self.block_name(index)}.{own}"
+                kept = not isinstance(tensor, nn.Parameter) and self.names.stored(name)
+                yield name, tensor.numel(), self.store.dtype(kept) if kept else None
+        for name in self.outer_names():
+            dtype = self.store.dtype(name)
+            yield name, torch.Size(self.store.shape(name)).numel(), None if dtype.is_floating_point else dtype
 
     def file_name(self, name: str) -> str:
         """What files of a result call the tensor that the model calls `name`."""
