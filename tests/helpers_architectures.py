@@ -46,6 +46,18 @@ def seeing(name: str) -> tuple[str, Any]:
             text_config={**text, **THREE}, vision_config=sight | {"fullatt_block_indexes": [0]}, image_token_id=5,
             video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
         )  # fmt: skip
+    if name == "qwen3-vl-moe":
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 32}
+        sight = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 128, "num_heads": 2}
+        sight |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+        return "Qwen3VLMoeForConditionalGeneration", transformers.Qwen3VLMoeConfig(
+            text_config={**text, **THREE, **experts}, vision_config=sight, image_token_id=5, video_token_id=6,
+            vision_start_token_id=7, vision_end_token_id=8,
+        )  # fmt: skip
+    if name == "idefics3":
+        return "Idefics3ForConditionalGeneration", transformers.Idefics3Config(
+            text_config=transformers.LlamaConfig(**text), vision_config=VISION, image_token_id=5, scale_factor=2
+        )
     if name == "mistral3":
         sight = VISION | {"model_type": "pixtral", "head_dim": 16}
         return "Mistral3ForConditionalGeneration", transformers.Mistral3Config(

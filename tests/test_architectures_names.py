@@ -218,7 +218,7 @@ def test_advice_for_experts_of_another_form_works(tmp_path: Path, class_name: st
 # ---- models that see
 
 
-@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2.5-vl", "mistral3"])
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen2.5-vl", "mistral3", "idefics3"])
 def test_the_text_part_is_quantized_and_the_rest_carried(tmp_path: Path, name: str) -> None:
     class_name, config = seeing(name)
     source = save_of_class(tmp_path / "source", class_name, config)
@@ -244,6 +244,46 @@ def test_the_text_part_is_quantized_and_the_rest_carried(tmp_path: Path, name: s
     # Gemma rounds its table of embeddings' factor to the dtype that it is loaded in.
     assert distance(found, first_output(stock)) < 1e-3 > distance(seen, first_output(stock, **pictures))
     assert distance(_walk(BlockStream(tmp_path / "out", device=CPU), IDS), found) < 1e-3
+
+
+def test_experts_turned_in_the_files(tmp_path: Path) -> None:
+    """Files of Qwen3-VL hold [experts, in, out], which transformers turns."""
+    class_name, config = seeing("qwen3-vl-moe")
+    source = save_of_class(tmp_path / "source", class_name, config)
+    tensors = load_file(source / "model.safetensors")
+    experts = [name for name in tensors if ".experts." in name]
+    assert len(experts) == 4
+    (tmp_path / "turned").mkdir()
+    turned = {name: tensors[name].transpose(1, 2).contiguous() for name in experts}
+    save_file(tensors | turned, tmp_path / "turned" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "turned" / "config.json").write_text((source / "config.json").read_text())
+    stock = loaded(tmp_path / "turned", class_name, dtype=torch.float32)
+    assert torch.equal(first_output(stock), first_output(loaded(source, class_name, dtype=torch.float32)))
+    for name in ("source", "turned"):
+        quantize_model(tmp_path / name, tmp_path / f"out {name}", RTN, [], device=CPU)
+    one, other = (TensorStore(tmp_path / f"out {name}") for name in ("source", "turned"))
+    assert set(one.names) == set(other.names) and all(torch.equal(one.get(name), other.get(name)) for name in one.names)
+    model = loaded(tmp_path / "out turned", class_name)
+    found = first_output(model)
+    assert put_back(stock, model) == 2 * (4 + 12)
+    assert distance(found, first_output(stock)) < 1e-4
+
+
+def test_blocks_that_text_does_not_pass_are_refused(tmp_path: Path) -> None:
+    sight = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_global_layers": 1,
+        "attention_heads": 2, "image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0],
+        "vision_output_dim": 64,
+    }  # fmt: skip
+    config = transformers.MllamaConfig(
+        text_config=SIZES | {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        vision_config=sight,
+        image_token_index=5,
+    )
+    source = save_of_class(tmp_path / "source", "MllamaForConditionalGeneration", config)
+    with pytest.raises(InputError, match=r"its decoder blocks are not all passed by text \(not number 1\)"):
+        quantize_model(source, tmp_path / "out", QuantizationConfig(), random_samples(4), device=CPU)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_sees_converts_and_loads(tmp_path: Path) -> None:

@@ -162,6 +162,8 @@ class Asides:
             with self._handing_over(-1, _stop):
                 self._forward(inputs_embeds=self._embedded(hidden))
             arguments = [aside.__dict__["asked"] for aside in self._asides]
+            if passed_by := [number for number, asked in enumerate(arguments) if asked is None]:
+                raise _unknown(self.model, f"are not all passed by text (not number {passed_by[0]})")
         finally:
             self._places[index] = place
             for aside in self._asides:

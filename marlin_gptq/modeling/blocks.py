@@ -65,6 +65,7 @@ class BlockStream:
             )
         self.model = empty_model(config, self.dtype)
         self.model.eval().requires_grad_(False)
+        _place(self.model, device)
         self.has_head = has_language_head(config)
         self.prefix, places = decoder_blocks(self.model, config)
         if self.settings is not None:
@@ -262,6 +263,16 @@ class BlockStream:
                 for own, buffer in module.named_buffers(recurse=False):
                     if not buffer.is_meta:
                         module._buffers[own] = buffer.to(self.device)
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    """Tell the parts of a model that ask for their device what it is: weights come and go, and parts that text does not
+    pass never have any."""
+    from transformers import PreTrainedModel
+
+    for part in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+        kind = type(part)
+        part.__class__ = type(kind.__name__, (kind,), {"device": device, "__module__": kind.__module__})
 
 
 def return_free_memory() -> None:

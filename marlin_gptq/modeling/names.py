@@ -11,7 +11,7 @@ settings of a checkpoint mean the same layers whichever class loads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -59,6 +59,14 @@ class StoredNames:
     def stored(self, name: str) -> str | None:
         """What the files call the tensor that the model calls `name`; None if they have none of it."""
         return self._stored.get(name.removeprefix(self._above))
+
+    def is_turned(self, stored: str, shape: Sequence[int], expected: Sequence[int]) -> bool:
+        """Whether the files hold a 3-D tensor with its last two axes exchanged, and transformers turns it back."""
+        if tuple(shape) == tuple(expected) or tuple(shape) != (expected[0], expected[2], expected[1]):
+            return False
+        here = self._plainly(stored)
+        meant = [one for one in self._converters if one.rename_source_key(here)[1] is not None]
+        return any(type(operation).__name__ == "Transpose" for one in meant for operation in one.operations)
 
     def module(self, name: str) -> str:
         """What the model calls the module whose tensors the files call `name`.…"""

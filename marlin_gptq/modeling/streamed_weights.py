@@ -177,7 +177,10 @@ class StreamedWeights:
         if stored is None and (fused := fused_source(name, self._projections, like.shape)):
             whole = self.names.stored(fused[0])
             if whole is not None:
-                return whole, fused[1]
+                (expert, rows), (height, width) = fused[1], like.shape
+                shape = self.store.shape(whole)
+                expected = shape[0], height * (1 if rows == slice(None) else 2), width
+                return whole, (expert, slice(None), rows) if self.names.is_turned(whole, shape, expected) else fused[1]
         return stored or self._stored_otherwise(name), None
 
     def _stored_otherwise(self, name: str) -> str:
@@ -209,7 +212,9 @@ class StreamedWeights:
             experts, rows, columns = shape
             if part[0] >= experts:
                 raise CheckpointError(f"{stored}: holds {experts} experts, config.json names more ({name})")
-            shape = [len(range(*part[1].indices(rows))), columns]
+            if len(part) == 3:
+                rows, columns = columns, rows
+            shape = [len(range(*part[-1].indices(rows))), columns]
         if shape != list(like.shape):
             hint = ""
             if name.endswith(".scales") and self.settings is not None:
