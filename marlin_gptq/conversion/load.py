@@ -70,7 +70,7 @@ def _assembled(source: Source, found: Survey, dtype: torch.dtype) -> nn.Module:
     config.dtype = dtype
     config.quantization_config = settings
     quantizer = MarlinGPTQQuantizer(settings, pre_quantized=True)
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.hf_quantizer = quantizer
     model.eval().requires_grad_(False)
     _read_generation_config(source.directory, model)
     return quantizer._process_model_after_weight_loading(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,12 +27,12 @@ def auto_class(model_type: Any, declared: str | None) -> str | None:
         "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         "AutoModelForMultimodalLM": modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
     }
-    without_head = (
+    without_head: tuple[Mapping[str, Any], ...] = (
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
         modeling_auto.MODEL_MAPPING_NAMES,
     )
-    found = {"AutoModelForCausalLM": causal} | several
+    found: dict[str, Mapping[str, Any]] = {"AutoModelForCausalLM": causal, **several}
     if model_type in causal or any(model_type in mapping for mapping in several.values()):
         found |= dict(zip(_WITHOUT_HEAD, without_head, strict=True))
     for name, mapping in found.items():
