@@ -22,6 +22,7 @@ from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.names import usual_names
 from marlin_gptq.modeling.outline import outline
 from marlin_gptq.requirements import require_quantizable, within_reach
+from marlin_gptq.tuning.student import Student
 
 CPU = torch.device("cpu")
 RTN = QuantizationConfig(method="rtn", group_size=32)
@@ -92,6 +93,18 @@ def test_files_keep_their_names(tmp_path: Path) -> None:
         "model.layers.1.block_sparse_moe.experts.3.w1.qweight"
     )
     assert names.stored("model.layers.9.mlp.router.weight") is None
+
+
+def test_the_tuned_model_reads_and_names_what_files_call_otherwise(tmp_path: Path) -> None:
+    source, class_name = source_of(tmp_path / "source", "lm_head is embed_out")
+    assert "embed_out.weight" in TensorStore(source).names
+    quantize_model(source, tmp_path / "out", RTN, [], device=CPU)
+    student = Student(source, tmp_path / "out", tune_codes=True, length=24, device=CPU)
+    expected = first_output(loaded(tmp_path / "out", class_name))
+    assert distance(first_output(student.model), expected) < 1e-3
+    after = TensorStore(tmp_path / "out")
+    tuned = dict(student.tensors(torch.float16))
+    assert tuned.keys() <= set(after.names) and all(tuned[name].shape == after.shape(name) for name in tuned)
 
 
 # ---- other classes of one directory
