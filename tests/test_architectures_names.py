@@ -242,6 +242,8 @@ def test_the_text_part_is_quantized_and_the_rest_carried(tmp_path: Path, name: s
     model = loaded(tmp_path / "out", "AutoModelForImageTextToText")
     stock = loaded(source, class_name, dtype=torch.float32)
     assert type(model) is type(stock)
+    auto = "AutoModelForCausalLM" if name == "gemma3" else "AutoModelForImageTextToText"  # transformers has both for it
+    assert f"model = {auto}.from_pretrained(" in (tmp_path / "out" / "README.md").read_text()
     pictures: dict[str, torch.Tensor] = {}
     if name in ("llava", "gemma3"):
         ids = IDS.clone()
