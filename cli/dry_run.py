@@ -85,14 +85,16 @@ def estimate(
     from marlin_gptq.estimates import SIDE_BY_SIDE, memory, memory_on_cpu
     from marlin_gptq.job import Job, Plan
     from marlin_gptq.memory_plan import plan_within, tuning_needs, usual_plan
+    from marlin_gptq.modeling.architecture import read_config
     from marlin_gptq.modeling.outline import outline
     from marlin_gptq.overrides import require_matches
-    from marlin_gptq.requirements import require_combination
+    from marlin_gptq.requirements import require_combination, require_head
     from marlin_gptq.tuning.text import PACKED_BATCH, WINDOW
 
     made = outline(model_dir, config)
     require_matches(config, *made.names)
     experts = any(linear.expert for block in made.blocks for linear in block.linears)
+    require_head(config, read_config(model_dir))
     require_combination(config, kept=kept, processes=processes, limited=limit is not None, experts=experts)
     longest = sequence_length(seq_len, context_length(model_dir)) if n_samples else 0
     tokens = n_samples * min(longest, MEAN_TOKENS)

@@ -78,10 +78,11 @@ def throughput(model: str, baseline: str | None, as_json: bool, debug: bool, **a
 
     from marlin_gptq.eval.throughput import Request, require_room
     from marlin_gptq.modeling.architecture import read_config
+    from marlin_gptq.modeling.classes import text_config
 
     requests = [Request(batch, arguments["prompt"], arguments["new_tokens"]) for batch in arguments["batch"]]
     for name, directory in named:
-        require_room(read_config(directory), requests, name)
+        require_room(text_config(read_config(directory)), requests, name)
     compiled = where.type == "cuda" if arguments["compiled"] is None else arguments["compiled"]
     modes = modes_of(where.type, arguments["graphs"], compiled)
     if where.type != "cuda" and arguments["graphs"]:

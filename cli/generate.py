@@ -101,7 +101,7 @@ def _generate(
         raise InputError(f"{model}: its tokenizer has no chat template, or several and no default; leave --chat out")
     ids = prompt_ids(tokenizer, text, has_template if chat is None else chat)
     loaded = load_whole(directory, where, computing)
-    require_tokens(ids, loaded.config.vocab_size)
+    require_tokens(ids, loaded.config.get_text_config().vocab_size)
     tokens = room(loaded, len(ids), max_new_tokens)
     if tokens < max_new_tokens:
         display.say(f"note: the context leaves room for {tokens} new tokens, not {max_new_tokens}")

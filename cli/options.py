@@ -239,5 +239,7 @@ def load_libraries(say: Callable[[str], None]) -> None:
 
 def context_length(model_dir: Path) -> int | None:
     """The longest sequence the model was made for (max_position_embeddings), if its config says so."""
-    length = read_json(model_dir / "config.json").get("max_position_embeddings")
+    raw = read_json(model_dir / "config.json")
+    text = raw.get("text_config") or raw  # of a model with a vision part
+    length = text.get("max_position_embeddings") if isinstance(text, dict) else None
     return length if isinstance(length, int) else None

@@ -203,7 +203,8 @@ def _quantize(
         config = _within_reach(display, model_dir, config, where, way)
     if not steps_chosen:
         require_gpu_for_tuning(config, where)
-    require_quantizable(model_dir, output, config, target, device=where, **way)
+    for note in require_quantizable(model_dir, output, config, target, device=where, **way):
+        display.say(f"note: {note}")
     for warning in require_exportable(model_dir, config, to, result_dtype(model_dir, target)):
         display.say(f"warning: {warning}")
 

@@ -136,7 +136,7 @@ def time_requests(
     device = decoder.device
     generator = torch.Generator().manual_seed(seed)
     shape = (request.batch, request.prompt)
-    ids = torch.randint(0, decoder.model.config.vocab_size, shape, generator=generator).to(device)
+    ids = torch.randint(0, decoder.model.config.get_text_config().vocab_size, shape, generator=generator).to(device)
     first, steps = [], []
     for repeat in range(repeats + 1):
         seconds = _request(decoder, ids, request.new_tokens)

@@ -10,6 +10,7 @@ import torch
 from marlin_gptq.errors import InputError
 from marlin_gptq.eval.harness_model import compute_in_float32
 from marlin_gptq.modeling.architecture import quantization_settings, read_config
+from marlin_gptq.modeling.classes import auto_class_of, has_language_head
 
 
 def load_whole(model_dir: Path, device: torch.device, dtype: torch.dtype | None = None) -> Any:
@@ -20,9 +21,12 @@ def load_whole(model_dir: Path, device: torch.device, dtype: torch.dtype | None 
 
     Raises InputError, CheckpointError.
     """
-    from transformers import AutoModelForCausalLM
-
     config = read_config(model_dir)
+    if not has_language_head(config):
+        raise InputError(
+            f"{model_dir}: holds a {config.architectures[0]}, which gives no logits of the next token; a model with a "
+            "language model's head (…ForCausalLM) is needed"
+        )
     quantized = quantization_settings(config) is not None
     on_cpu = device.type == "cpu"
     asked: Any = "auto" if dtype is None else dtype
@@ -30,7 +34,7 @@ def load_whole(model_dir: Path, device: torch.device, dtype: torch.dtype | None 
         asked = "auto" if quantized else torch.float32
     place = {"": "cpu" if on_cpu else device.index if device.index is not None else torch.cuda.current_device()}
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, local_files_only=True, dtype=asked, device_map=place)
+        model = auto_class_of(config).from_pretrained(model_dir, local_files_only=True, dtype=asked, device_map=place)
     except OSError as error:
         raise InputError(f"{model_dir}: not loaded: {' '.join(str(error).split())}") from error
     if on_cpu and quantized and dtype in (None, torch.float32):

@@ -5,9 +5,9 @@ Then the samples pass the quantized block, and are the inputs of the next one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from marlin_gptq.modeling.activations import Activations
 from marlin_gptq.modeling.blocks import return_free_memory
 from marlin_gptq.modeling.install import install_block
 from marlin_gptq.modeling.output_gradients import output_gradients
-from marlin_gptq.modeling.packed import Packed
+from marlin_gptq.modeling.packed import Packed, make_of
 from marlin_gptq.modeling.staged import advance
+from marlin_gptq.modeling.trial import require_running
 from marlin_gptq.report import BlockRecord, LinearRecord, ProgressEvent
 from marlin_gptq.run_state import RunState
 from marlin_gptq.work_directory import WorkDirectory
@@ -34,6 +35,7 @@ class BlockRun(RunState):
     """
 
     work: WorkDirectory | None
+    _makes: set[Hashable] = field(default_factory=set)
 
     def embed(self, samples: list[Tensor]) -> Activations:
         """Block 0's inputs, [B, T, hidden] each (B is 1 for documents), where the plan keeps them."""
@@ -92,7 +94,7 @@ class BlockRun(RunState):
 
     def copy_outer(self, writer: CheckpointWriter) -> None:
         """Write the tensors outside the blocks as they are."""
-        for name, tensor in self.stream.weights.outer_parameters():
+        for name, tensor in self.stream.weights.outer_tensors():
             writer.add(name, self.stored(name, tensor))
         return_free_memory()
 
@@ -111,11 +113,14 @@ class BlockRun(RunState):
             digest = self._digest(hidden)
             samples = Packed(hidden, self._packs(index, hidden))
             solver: BlockSolver | None = None
+            first_of_make = self._first_of_make(index, linears)
             tensors = self._finished_before(index, block, linears, digest, samples.packs)
             if tensors is None:
                 first = len(self.records)
                 solver = BlockSolver(self, index, block, linears, samples)
                 tensors = solver.quantize()
+                if first_of_make:
+                    self._try(index, solver, tensors, hidden)
                 if self.work is not None and digest is not None:
                     record = {
                         "linears": [asdict(linear) for linear in self.records[first:]],
@@ -127,6 +132,24 @@ class BlockRun(RunState):
                 with self.costs.measure("propagate"), self.within_range(index):
                     advance(self.stream, index, samples if solver is None else solver.arriving)
             return tensors
+
+    def _first_of_make(self, index: int, linears: dict[str, nn.Linear]) -> bool:
+        """Whether no block like this one, with the same linears to quantize, came before."""
+        prefix = f"{self.stream.block_name(index)}."
+        sizes = tuple((name.removeprefix(prefix), self.config.group_size_of(name)) for name in linears)
+        make = make_of(self.stream.block_module(index)), sizes
+        known = make in self._makes
+        self._makes.add(make)
+        return not known
+
+    def _try(self, index: int, solver: BlockSolver, tensors: dict[str, Tensor], hidden: Activations) -> None:
+        """Run the block as it was packed, on a few tokens, before hours go into others like it."""
+        if self.config.method == "rtn":
+            solver.replace_weights(solver.linears)
+        sizes = {name: self.config.group_size_of(name) for name in solver.linears}
+        with self.costs.measure("try packed blocks"):
+            sample = hidden[0] if len(hidden) else None
+            require_running(self.stream, index, solver.linears, tensors, sizes, sample)
 
     def _packs(self, index: int, hidden: Activations) -> list[range]:
         """The samples that pass the block together; alone where each sample's median limits its tokens' weights."""

@@ -146,7 +146,7 @@ class BlockSolver:
             found = self._calibrate(groups, not self.run.config.true_sequential and number == len(passes))
             self._solve(groups, found)
             solved += [name for group in groups for name in group]
-        self._replace_weights(solved)  # now, not earlier, so that every pass of a stage sees the same
+        self.replace_weights(solved)  # now, not earlier, so that every pass of a stage sees the same
         for samples in (self.arriving, self.exact):
             if isinstance(samples, Staged):
                 samples.go_on()
@@ -211,7 +211,8 @@ class BlockSolver:
         codes, scales = (run.team.tensor_from(owner, tensor) for tensor in (part.codes, part.scales))
         return QuantizedWeight(codes, scales, None, group_size)
 
-    def _replace_weights(self, names: Iterable[str]) -> None:
+    def replace_weights(self, names: Iterable[str]) -> None:
+        """Give these linears, which are solved, their quantized weights, dequantized."""
         for name in names:
             linear = self.linears[name]
             weight = self.parts[name].dequantize().to(linear.weight.dtype)
@@ -233,7 +234,7 @@ class BlockSolver:
         self.parts |= tuned.parts
         for name, weight in tuned.norms.items():
             self.block.get_parameter(name).data.copy_(weight)
-        self._replace_weights(self.parts)
+        self.replace_weights(self.parts)
         run.records = [rescaled(one, self.parts[one.name]) if one.name in self.parts else one for one in run.records]
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -241,9 +242,10 @@ class BlockSolver:
         with self.run.costs.measure("pack"):
             for name, part in self.parts.items():
                 packed[f"{name}.qweight"], packed[f"{name}.scales"] = pack(part)
-        prefix = self.run.stream.block_name(self.index)
+        prefix, weights = self.run.stream.block_name(self.index), self.run.stream.weights
+        buffers = {f"{prefix}.{own}" for own, _ in self.block.named_buffers()}
         kept = {
-            name: self.run.stored(name, tensor)
+            name: weights.as_stored(name) if name in buffers else self.run.stored(name, tensor)
             for name, tensor in ((f"{prefix}.{own}", tensor) for own, tensor in self.block.state_dict().items())
             if name.removesuffix(".weight") not in self.linears
         }

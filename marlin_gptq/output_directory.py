@@ -7,6 +7,7 @@ from pathlib import Path
 
 from marlin_gptq.checkpoint_writer import CheckpointWriter
 from marlin_gptq.model_directory import read_json
+from marlin_gptq.modeling.classes import auto_class
 from marlin_gptq.report import QuantizeReport
 from marlin_gptq.sealed_files import write_whole
 
@@ -25,11 +26,12 @@ def write_companions(writer: CheckpointWriter, model_dir: Path, report: Quantize
     writer.copy_companions(model_dir, leave=("config.json", CARD, LOG_FILE))
     writer.write_text("config.json", json.dumps(config, indent=2) + "\n")
     writer.write_text(LOG_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
-    writer.write_text(CARD, model_card(report))
+    declared = next(iter(config.get("architectures") or []), None)
+    writer.write_text(CARD, model_card(report, auto_class(config.get("model_type"), declared) or "AutoModel"))
 
 
-def model_card(report: QuantizeReport) -> str:
-    """Markdown with settings, figures and how to load the model."""
+def model_card(report: QuantizeReport, loader: str = "AutoModelForCausalLM") -> str:
+    """Markdown with settings, figures and how to load the model, by the class `loader` of transformers."""
     config, calibration = report.config, report.calibration
     group = "whole row" if config.group_size == -1 else str(config.group_size)
     rows = [
@@ -104,9 +106,9 @@ Not measured yet: `marlin-eval report PATH_OF_THIS_DIRECTORY --baseline BASE_MOD
 
 ```python
 import marlin_gptq  # first: without it transformers initialises the quantized layers at random
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_DIRECTORY", device_map="auto")
+model = {loader}.from_pretrained("PATH_OF_THIS_DIRECTORY", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_DIRECTORY")
 ```
 

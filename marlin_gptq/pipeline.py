@@ -49,6 +49,7 @@ from marlin_gptq.requirements import (
     linears_of,
     output_bytes,
     require_combination,
+    require_head,
     require_quantizable,
     result_dtype,
 )
@@ -104,6 +105,7 @@ def quantize_model(
     if config.method == "gptq" and not samples:
         raise InputError("samples: got none, GPTQ needs calibration text; use method rtn to round without it")
     require_full_precision(model_dir, read_config(model_dir))
+    require_head(config, read_config(model_dir))
     if config.tunes:
         require_quantizable(
             model_dir, output, config, dtype,

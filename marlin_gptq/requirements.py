@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,11 +21,13 @@ from marlin_gptq.memory_plan import tuning_within
 from marlin_gptq.modeling.architecture import (
     block_linears,
     known_names,
+    other_matrices,
     read_config,
     require_divisible,
     require_full_precision,
 )
 from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.modeling.classes import has_language_head, text_config
 from marlin_gptq.modeling.experts import expert_lists
 from marlin_gptq.modeling.linear import padded_features
 from marlin_gptq.modeling.outline import outline
@@ -45,14 +48,15 @@ def require_quantizable(
     kept: bool = False,
     processes: int = 1,
     limited: bool = False,
-) -> None:
+) -> list[str]:
     """Refuse, before any work and from config and file headers alone, what would fail.
 
     device  of the tuning, if it is known already; kept, processes, limited: see `require_combination`.
     InputError for a model that cannot be quantized as asked, CheckpointError if the result would not fit on the disk
-    of `output`, QuantizationError if the tuning would not fit the device.
+    of `output`, QuantizationError if the tuning would not fit the device. Returns what is to be told about the result.
     """
     require_full_precision(model_dir, read_config(model_dir))
+    require_head(config, read_config(model_dir))
     stream = BlockStream(model_dir, device=torch.device("cpu"))
     linears = linears_of(stream, config)
     require_combination(config, kept=kept, processes=processes, limited=limited, experts=has_experts(stream))
@@ -62,6 +66,26 @@ def require_quantizable(
         require_memory(model_dir, config, device)
     if device is not None and config.tunes_blocks:
         require_block_memory(model_dir, config, device)
+    return [note for note in (_kept_matrices(stream, config),) if note]
+
+
+def _kept_matrices(stream: BlockStream, config: QuantizationConfig) -> str:
+    """A sentence about what stays as it is beside routers and what was skipped; "" for nothing."""
+    blocks = [(stream.block_module(index), stream.block_name(index)) for index in range(stream.n_blocks)]
+    found = {
+        name: matrix.numel()
+        for block in blocks
+        for name, matrix in other_matrices(*block).items()
+        if not config.skips(name)
+    }
+    if not found:
+        return ""
+    whole = sum(tensor.numel() for block, _ in blocks for tensor in block.parameters())
+    first = ", ".join(list(found)[:2]) + (", …" if len(found) > 2 else "")
+    return (
+        f"{len(found)} tensors of the blocks that no linear holds (depth-wise convolutions, norms by head and the "
+        f"like: {first}) stay as they are, {sum(found.values()) / whole:.2%} of the blocks' values"
+    )
 
 
 def require_combination(
@@ -77,8 +101,8 @@ def require_combination(
     if experts and config.method == "gptq" and config.correct_target:
         raise InputError(
             f"correct_target: got {config.correct_target:g} for a model with experts, whose tokens go to other experts "
-            "in full precision than in the quantized model, so that their inputs cannot be compared; use 0 (or "
-            "--preset marlin)"
+            "in full precision than in the quantized model, so that their inputs cannot be compared; use --preset "
+            "marlin (or --correct-target 0)"
         )
     if experts and config.method == "gptq" and config.two_sided:
         raise InputError(
@@ -107,6 +131,25 @@ def require_combination(
     if experts:
         raise InputError(
             f"{asked} for a model with experts, which the end-to-end tuning does not know; use --tune-steps 0 (or "
+            "--preset marlin)"
+        )
+
+
+def require_head(config: QuantizationConfig, model: Any) -> None:
+    """InputError for techniques that need a language model's head, or a model of text alone, of a transformers config
+    `model` that has none or more."""
+    if config.method != "gptq" or not (config.tunes or config.two_sided):
+        return
+    asked = f"tune_steps: got {config.tune_steps}" if config.tunes else "two_sided: got true"
+    name = next(iter(model.architectures or []), model.model_type)
+    if not has_language_head(model):
+        raise InputError(
+            f"{asked} for a {name}, which has no language model's head, whose loss would tell what matters; use "
+            "--preset marlin (or --tune-steps 0 and --no-two-sided)"
+        )
+    if config.tunes and text_config(model) is not model:
+        raise InputError(
+            f"{asked} for a {name}, and the end-to-end tuning knows models of text alone; use --tune-steps 0 (or "
             "--preset marlin)"
         )
 
@@ -155,6 +198,8 @@ def within_reach(
     if not config.tunes:
         return config, ""
     without = replace(config, tune_steps=0)
+    model = read_config(model_dir)
+    text = text_config(model) is model
     experts = any(linear.expert for block in outline(model_dir, config).blocks for linear in block.linears)
     for reason in (
         "without a GPU it takes days" if device.type != "cuda" else "",
@@ -162,6 +207,7 @@ def within_reach(
         "it runs in one process" if processes > 1 else "",
         "it does not go with --max-gpu-memory" if limited else "",
         "it does not know experts" if experts else "",
+        "it knows causal language models of text alone" if not (has_language_head(model) and text) else "",
     ):
         if reason:
             return without, f"preset {config.preset} runs without its end-to-end tuning: {reason}"
@@ -209,7 +255,7 @@ def require_block_memory(model_dir: Path, config: QuantizationConfig, device: to
 
 def tuned_sizes(model_dir: Path, config: QuantizationConfig) -> Sizes:
     """A model as the tuning will see it, from its config.json alone."""
-    made, settings = outline(model_dir, config), read_config(model_dir)
+    made, settings = outline(model_dir, config), text_config(read_config(model_dir))
     linears = [linear for block in made.blocks for linear in block.linears]
     quantized = [linear for block in made.blocks for linear in block.quantized]
     kept = [linear.in_features * linear.out_features for linear in linears if linear.group_size is None]
@@ -315,7 +361,7 @@ def output_bytes(
         k, n = padded_features(linear.in_features, linear.out_features)
         groups = linear.in_features // columns_per_group(linear.in_features, config.group_size_of(name))
         size += k * n // 2 + groups * n * target.itemsize
-    for name, elements in stream.weights.elements():
+    for name, elements, dtype in stream.weights.elements():
         if name.removesuffix(".weight") not in replaced:
-            size += elements * target.itemsize
+            size += elements * (dtype or target).itemsize
     return size + sum(stream.store.size(name) for name in carried_tensors(stream, linears))

@@ -26,7 +26,8 @@ from marlin_gptq.config import Override
 from marlin_gptq.conversion.convert import convert_checkpoint
 from marlin_gptq.modeling.architecture import block_linears
 from marlin_gptq.modeling.blocks import BlockStream
-from marlin_gptq.modeling.experts import Expert, Experts, expert_lists, file_name, fused_source
+from marlin_gptq.modeling.experts import Expert, Experts, expert_lists, fused_source, projection_names
+from marlin_gptq.modeling.names import usual_names
 from marlin_gptq.modeling.observe import collect_hessians, stages
 from marlin_gptq.quantization.hessian import Hessian
 
@@ -107,8 +108,7 @@ def test_some_experts_in_full_precision(tmp_path: Path, architecture: str) -> No
     assert not any(info.values()), info
     experts = expert_lists(model.model.layers[0])["mlp.experts"]
     first = experts[1].names[0]
-    stored = f"model.layers.0.mlp.experts.1.{first}.weight"
-    weight = TensorStore(source).get(file_name(stored, model.config))
+    weight = TensorStore(source).get(usual_names(model)(f"model.layers.0.mlp.experts.1.{first}.weight"))
     assert torch.equal(experts[1].get_submodule(first).weight, weight)
     split_projections(model)
     layer = experts[3].get_submodule(first)
@@ -148,12 +148,13 @@ def test_experts_fused_in_the_files_are_read_by_parts(tmp_path: Path) -> None:
 
 
 def test_where_fused_files_hold_a_projection(tmp_path: Path) -> None:
-    config = BlockStream(source_of(tmp_path, "qwen3_moe"), device=CPU).config
+    names = projection_names(BlockStream(source_of(tmp_path, "qwen3_moe"), device=CPU).model)
     prefix = "model.layers.0.mlp.experts"
-    assert fused_source(f"{prefix}.2.gate_proj.weight", config, 64) == (f"{prefix}.gate_up_proj", (2, slice(0, 64)))
-    assert fused_source(f"{prefix}.2.up_proj.weight", config, 64) == (f"{prefix}.gate_up_proj", (2, slice(64, 128)))
-    assert fused_source(f"{prefix}.2.down_proj.weight", config, 128) == (f"{prefix}.down_proj", (2, slice(None)))
-    assert fused_source("model.layers.0.mlp.gate.weight", config, 4) is None
+    both = f"{prefix}.gate_up_proj"
+    assert fused_source(f"{prefix}.2.gate_proj.weight", names, (64, 128)) == (both, (2, slice(0, 64)))
+    assert fused_source(f"{prefix}.2.up_proj.weight", names, (64, 128)) == (both, (2, slice(64, 128)))
+    assert fused_source(f"{prefix}.2.down_proj.weight", names, (128, 64)) == (f"{prefix}.down_proj", (2, slice(None)))
+    assert fused_source("model.layers.0.mlp.gate.weight", names, (4, 128)) is None
 
 
 # ---- calibration

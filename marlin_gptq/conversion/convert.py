@@ -184,22 +184,20 @@ def result_settings(source: Source, target: Layout) -> dict[str, Any]:
     """The "quantization_config" of the result."""
     settings = source.settings
     damp, sequential = settings.get("damp_percent"), settings.get("true_sequential")
+    found = source.architecture
+    ours = target.format == "marlin"  # whose settings go by the model's own names
     written = Written(
         layout=target,
-        kept=source.kept,
-        outside=tuple(
-            name
-            for name in source.architecture.shapes
-            if not source.architecture.in_blocks(name) and name not in source.linears
-        ),
-        blocks=source.architecture.blocks,
-        linears=source.linears,
+        kept=tuple(found.modules[name] for name in source.kept) if ours else source.kept,
+        outside=tuple(name for name in found.shapes if not found.in_blocks(name) and name not in source.linears),
+        blocks=found.blocks if ours else found.stored_blocks,
+        linears=tuple(found.modules[name] for name in source.linears) if ours else source.linears,
         beside=_matrices_beside(source),
-        sizes=_own_sizes(source) if target.format == "marlin" and source.own is None else {},
+        sizes=_own_sizes(source) if ours and source.own is None else {},
         damp_percent=damp if isinstance(damp, float) else None,
         true_sequential=sequential if isinstance(sequential, bool) else None,
     )
-    if target.format == "marlin":
+    if ours:
         return marlin_settings(written, source.own).to_dict()
     result = settings_for(written)
     if settings.get("quant_method") == target.format == "gptq":  # another version of the same: the rest stays true
@@ -212,14 +210,15 @@ def result_settings(source: Source, target: Layout) -> dict[str, Any]:
 def _matrices_beside(source: Source) -> tuple[str, ...]:
     """Names of the modules of decoder blocks that hold a matrix and are no linear: routers of experts."""
     held = [name.removesuffix(".weight") for name in source.others() if name.endswith(".weight")]
-    inside = [name for name in held if name.startswith(f"{source.architecture.blocks}.")]
+    inside = [name for name in held if name.startswith(f"{source.architecture.stored_blocks}.")]
     strange = [name for name in inside if name not in source.architecture.shapes]
     return tuple(name for name in strange if len(source.store.shape(f"{name}.weight")) == 2)
 
 
 def _own_sizes(source: Source) -> dict[str, int]:
     """Group sizes of the linears that have another one than the rest: those whose last group was not full."""
-    sizes = {name: groups_of(source.architecture.shapes[name][1], source.layout)[1] for name in source.linears}
+    modules = source.architecture.modules
+    sizes = {modules[name]: groups_of(source.architecture.shapes[name][1], source.layout)[1] for name in source.linears}
     return {name: size for name, size in sizes.items() if size != source.layout.group_size}
 
 

@@ -36,13 +36,13 @@ def require_exportable(model_dir: Path, config: QuantizationConfig, to: str, dty
             f"--format {to}: it stores float16 scales, and the result would be {str(dtype).removeprefix('torch.')}; "
             "use --dtype float16, or --format compressed-tensors"
         )
-    found = architecture(model_dir, len(TensorStore(model_dir).names))
+    found = architecture(model_dir, TensorStore(model_dir).names)
     shapes = {name: shape for name, shape in found.shapes.items() if found.in_blocks(name)}
-    kept = tuple(name for name in shapes if config.skips(name))
+    kept = tuple(name for name in shapes if config.skips(found.modules[name]))
     quantized = {name: shape for name, shape in shapes.items() if name not in kept}
     target = Layout(to, config.group_size, True)
     for name in quantized:
-        require_one_size(name, config.group_size_of(name), target)
+        require_one_size(name, config.group_size_of(found.modules[name]), target)
     if to in HALF_SCALES:
         for name, (n, k) in quantized.items():
             if n % 8 or k % 8:

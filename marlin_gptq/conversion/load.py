@@ -12,13 +12,14 @@ from marlin_gptq.checkpoint import CheckpointWarning
 from marlin_gptq.conversion.convert import checked_target, result_settings
 from marlin_gptq.conversion.linears import with_scales, write_linear
 from marlin_gptq.conversion.original import open_source
-from marlin_gptq.conversion.source import Source, empty_model
+from marlin_gptq.conversion.source import Source
 from marlin_gptq.conversion.survey import Survey, run_linear, survey
 from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.model_directory import resolve_model
 from marlin_gptq.modeling.architecture import replace_linears, require_finite
-from marlin_gptq.modeling.experts import file_name
+from marlin_gptq.modeling.classes import empty_model
 from marlin_gptq.modeling.hf import MarlinGPTQConfig, MarlinGPTQQuantizer
+from marlin_gptq.modeling.names import StoredNames, above
 
 
 def load(
@@ -70,14 +71,14 @@ def _assembled(source: Source, found: Survey, dtype: torch.dtype) -> nn.Module:
         if dtype != found.scale_dtype:
             linear = with_scales(linear, linear.weight.scales.to(dtype))
             require_finite(f"{name}.scales", linear.weight.scales, f"they overflow {dtype}")
-        layer = model.get_submodule(source.architecture.modules[name])
+        layer = model.get_submodule(source.architecture.modules[name].removeprefix(above(model)))
         for full, tensor in write_linear(name, linear, target).items():
             setattr(layer, full.rpartition(".")[2], tensor)
     _assign_others(source, model)
     config.dtype = dtype
     config.quantization_config = settings
     quantizer = MarlinGPTQQuantizer(settings, pre_quantized=True)
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    model.hf_quantizer = quantizer
     model.eval().requires_grad_(False)
     _read_generation_config(source.directory, model)
     return quantizer._process_model_after_weight_loading(model)
@@ -85,17 +86,19 @@ def _assembled(source: Source, found: Survey, dtype: torch.dtype) -> nn.Module:
 
 def _assign_others(source: Source, model: nn.Module) -> None:
     """Every tensor that is not quantized, in the dtype of the model; CheckpointError if one is missing."""
-    wanted = {file_name(name, source.architecture.config): (name, like) for name, like in model.state_dict().items()}
+    states, names = model.state_dict(), StoredNames(model, source.store.names).known
+    inner = {stored: name.removeprefix(above(model)) for stored, name in names.items()}
+    wanted = {stored: (name, states[name]) for stored, name in inner.items() if name in states}
     for name in source.others():
         if name not in wanted:
             continue  # rotary tables of old checkpoints
-        tensor, (inner, like) = source.store.get(name), wanted[name]
+        tensor, (place, like) = source.store.get(name), wanted[name]
         if tensor.shape != like.shape:
             raise CheckpointError(f"{name}: got {list(tensor.shape)}, expected {list(like.shape)} from config.json")
         require_finite(name, tensor, "the checkpoint is damaged")
         cast = tensor.to(like.dtype)
         require_finite(name, cast, f"they overflow {like.dtype}")
-        model.load_state_dict({inner: cast}, strict=False, assign=True)
+        model.load_state_dict({place: cast}, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     if missing := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         raise CheckpointError(f"{missing[0]}: missing from {source.path}; fetch the checkpoint again")

@@ -87,7 +87,8 @@ class Written:
 def settings_for(result: Written) -> dict[str, Any]:
     """The "quantization_config" of a foreign format, with the fields that vLLM, SGLang and transformers read."""
     layout = result.layout
-    left = [*result.kept, *result.beside]
+    outside = [name for name in result.outside if name != HEAD]  # a vision part
+    left = [*outside, *result.kept, *result.beside]
     named = [*left, *fused_names(left, result.linears)]
     if layout.format == "gptq":
         settings: dict[str, Any] = {
@@ -106,7 +107,7 @@ def settings_for(result: Written) -> dict[str, Any]:
             settings["damp_percent"] = result.damp_percent
         if result.true_sequential is not None:
             settings["true_sequential"] = result.true_sequential
-        if result.kept:
+        if outside or result.kept:
             settings["modules_in_block_to_quantize"] = _by_block(result)
         if named:
             settings["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in named}
@@ -139,7 +140,7 @@ def settings_for(result: Written) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": [*result.outside, *left],
+        "ignore": [*(name for name in result.outside if name == HEAD), *left],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }

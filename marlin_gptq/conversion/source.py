@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,8 @@ from marlin_gptq.conversion.zero_points import with_version
 from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.model_directory import read_json
 from marlin_gptq.modeling.architecture import decoder_blocks, read_config
-from marlin_gptq.modeling.experts import file_name, separate_experts
+from marlin_gptq.modeling.classes import empty_model
+from marlin_gptq.modeling.names import StoredNames, above, usual_names
 
 LARGEST_SIZE = 2**24  # of any dimension; a vocabulary of 16 million and a hidden size as large are not seen
 SIZES = ("_size", "_dim", "_heads", "_layers", "_positions", "_ranks", "num_experts")
@@ -50,8 +51,7 @@ class Architecture:
              their definition. Experts are linears of their own, as in the files.
     shapes   their (out_features, in_features); this and what follows by the name in the files.
     biased   those with a bias.
-    blocks   the name of the list of decoder blocks.
-    states   names of all parameters and persistent buffers.
+    blocks   the model's name of the list of decoder blocks, and `stored_blocks` that of the files.
     """
 
     config: Any
@@ -59,50 +59,47 @@ class Architecture:
     shapes: dict[str, tuple[int, int]]
     biased: frozenset[str]
     blocks: str
-    states: frozenset[str]
+    stored_blocks: str
 
     def in_blocks(self, name: str) -> bool:
         """Whether the linear is part of a decoder block."""
-        return name.startswith(f"{self.blocks}.")
+        return self.modules[name].startswith(f"{self.blocks}.")
 
 
-def architecture(directory: Path, tensors: int) -> Architecture:
-    """The architecture of a model directory whose files hold this many tensors.
+def architecture(directory: Path, stored: Sequence[str]) -> Architecture:
+    """The architecture of a model directory whose files hold the tensors of these names.
 
     Raises InputError for a config that transformers does not understand or whose sizes cannot be, before anything
     of those sizes is made.
     """
-    require_possible(directory, read_json(directory / "config.json"), tensors)
+    require_possible(directory, read_json(directory / "config.json"), len(stored))
     try:
         config = read_config(directory)
-        model = empty_model(config)
+        model = empty_model(config, torch.float16)
         blocks, _ = decoder_blocks(model, config)
+        names = StoredNames(model, stored)
     except InputError:
         raise
     except _NO_MODEL as error:
         said = " ".join(str(error).split())[:300]
         raise InputError(f"{directory}/config.json: no model can be made of it: {said}") from error
-    inner = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linears = {file_name(name, config): module for name, module in inner.items()}
+    held = {names.module(base): base for base in dict.fromkeys(name.rpartition(".")[0] for name in stored)}
+    usual, own = usual_names(model), above(model)
+    linears = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            stands = held.get(own + name) or usual(f"{name}.weight").removesuffix(".weight")
+            linears[stands] = own + name, module
+    first = ((name, stands) for stands, (name, _) in linears.items() if name.startswith(f"{blocks}."))
+    name, stands = next(first, (blocks, blocks))
     return Architecture(
         config=config,
-        modules=dict(zip(linears, inner, strict=True)),
-        shapes={name: (linear.out_features, linear.in_features) for name, linear in linears.items()},
-        biased=frozenset(name for name, linear in linears.items() if linear.bias is not None),
+        modules={stands: name for stands, (name, _) in linears.items()},
+        shapes={stands: (linear.out_features, linear.in_features) for stands, (_, linear) in linears.items()},
+        biased=frozenset(stands for stands, (_, linear) in linears.items() if linear.bias is not None),
         blocks=blocks,
-        states=frozenset(file_name(name, config) for name in model.state_dict()),
+        stored_blocks=stands.removesuffix(name.removeprefix(blocks)),
     )
-
-
-def empty_model(config: Any, dtype: torch.dtype = torch.float16) -> nn.Module:
-    """The model of a config, its parameters on the meta device, experts as one linear each."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        separate_experts(model, config)
-    return model
 
 
 def require_possible(directory: Path, raw: dict[str, Any], tensors: int) -> None:
@@ -150,7 +147,7 @@ class Source:
         self.settings = settings
         self.layout = layout
         self.store = store
-        self.architecture = architecture(directory, len(store.names))
+        self.architecture = architecture(directory, store.names)
         self.linears = self._linears()
         self._require_complete()
         self._require_understood()
@@ -191,7 +188,7 @@ class Source:
         """The quantized linear of this full name; zero points that are all 8 are None."""
         layout = self.layout
         if self.own is not None:
-            layout = replace(layout, group_size=self.own.group_size_of(name))
+            layout = replace(layout, group_size=self.own.group_size_of(self.architecture.modules[name]))
         linear = read_linear(self.store, layout, name, *self.architecture.shapes[name], with_codes=with_codes)
         zeros = linear.weight.zeros
         if zeros is not None and bool((zeros == ZERO_CODE).all()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import nn
 from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import InputError, QuantizationError
 from marlin_gptq.model_directory import OLD_SETTINGS, holds_file, read_json, require_no_adapter
+from marlin_gptq.modeling.classes import auto_class, text_config
 from marlin_gptq.modeling.experts import routing_modules, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
+from marlin_gptq.modeling.names import above
 from marlin_gptq.quantization.weight import columns_per_group
 
 logger = logging.getLogger(__name__)
@@ -22,21 +25,25 @@ _FINITE_AT_ONCE = 1 << 24
 
 
 def read_config(model_dir: Path) -> Any:
-    """The transformers config of a causal language model; InputError for anything else."""
+    """The transformers config of a decoder, whatever head it has; InputError for anything else."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     raw = read_json(model_dir / "config.json")
     require_no_adapter(model_dir)
-    if raw.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    model_type, declared = raw.get("model_type"), raw.get("architectures") or []
+    if not isinstance(declared, list) or not all(isinstance(name, str) for name in declared):
+        raise InputError(f"{model_dir}/config.json: architectures: got {declared!r:.80}, expected a list of names")
+    if auto_class(model_type, None) is None:
         raise InputError(
-            f"{model_dir}: model_type {raw.get('model_type')!r} is not a causal language model that this version of "
+            f"{model_dir}: model_type {model_type!r} is not a causal language model that this version of "
             "transformers knows; a Llama, Mistral, Qwen or similar decoder is needed"
         )
-    declared = raw.get("architectures") or []
-    if declared and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in declared):
-        raise InputError(f"{model_dir}: holds a {declared[0]}; a causal language model (…ForCausalLM) is needed")
+    if (declared and auto_class(model_type, declared[0]) is None) or raw.get("is_encoder_decoder") is True:
+        raise InputError(
+            f"{model_dir}: holds a {declared[0] if declared else model_type}; a causal language model (…ForCausalLM), "
+            "one with a vision part (…ForConditionalGeneration), or a decoder with another head or none is needed"
+        )
     try:
         return AutoConfig.from_pretrained(model_dir, local_files_only=True)
     except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
@@ -67,13 +74,17 @@ def require_full_precision(model_dir: Path, config: Any) -> None:
         )
 
 
-def decoder_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the decoder blocks: the one ModuleList as long as num_hidden_layers. Else InputError."""
-    count = getattr(config, "num_hidden_layers", None)
+def decoder_blocks(model: Any, config: Any) -> tuple[str, nn.ModuleList]:
+    """(name, list) of the decoder blocks: the one ModuleList as long as num_hidden_layers. Else InputError.
+
+    config  of the decoder, or of all of the model.
+    """
+    count = getattr(text_config(config), "num_hidden_layers", None)
+    decoder = decoder_of(model)
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+        if isinstance(module, nn.ModuleList) and len(module) == count and is_within(name, decoder)
     ]
     outermost = [
         (name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)
@@ -83,32 +94,70 @@ def decoder_blocks(model: nn.Module, config: Any) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__}: not understood: expected one list of {count} decoder blocks, found "
             f"{[name for name, _ in outermost] or 'none'}"
         )
-    return outermost[0]
+    name, blocks = outermost[0]
+    return above(model) + name, blocks
+
+
+def decoder_of(model: Any) -> str:
+    """The name of the part of a model that has the decoder blocks, as the model itself tells it; all of it is ""."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    return next((name for name, module in model.named_modules() if module is decoder), "")
+
+
+def is_within(name: str, root: str) -> bool:
+    """Whether a module or tensor of this name belongs to the module `root`."""
+    return not root or name == root or name.startswith(f"{root}.")
 
 
 def block_linears(block: nn.Module, prefix: str, skip: QuantizationConfig | None = None) -> dict[str, nn.Linear]:
     """Linears of a block by full name, in the order of their definition, without those the config skips.
 
-    Raises InputError for a matrix that belongs to no nn.Linear (fused experts, Conv1D, …): it would silently stay
-    in full precision. Routers of experts stay in full precision: a few rows that decide about everything.
+    All else stays as it is: routers of experts, a few rows that decide about everything, and the matrices of
+    `other_matrices`. Raises InputError where these, not skipped, are most of the block: they would silently stay in
+    full precision.
     """
-    found: dict[str, nn.Linear] = {}
     routing = routing_modules(block)
-    for name, module in block.named_modules():
-        full = f"{prefix}.{name}" if name else prefix
-        if name in routing:
-            continue
-        if isinstance(module, nn.Linear):
-            if skip is None or not skip.skips(full):
-                found[full] = module
-            continue
-        for own, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 2 and not (skip and skip.skips(f"{full}.{own}")):
-                raise InputError(
-                    f"{full}.{own}: a {type(module).__name__} parameter of shape {list(parameter.shape)} is not an "
-                    f"nn.Linear weight and is not understood; --skip '{own}' leaves it in full precision"
-                )
-    return found
+    linears = {
+        f"{prefix}.{name}": module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and name not in routing
+    }
+    matrices = other_matrices(block, prefix)
+    if skip is not None:
+        matrices = {name: matrix for name, matrix in matrices.items() if not skip.skips(name)}
+    if sum(matrix.numel() for matrix in matrices.values()) > sum(linear.weight.numel() for linear in linears.values()):
+        raise InputError(_mostly_other(block, prefix, linears, matrices))
+    return {name: linear for name, linear in linears.items() if skip is None or not skip.skips(name)}
+
+
+def other_matrices(block: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
+    """Parameters of two and more dimensions that belong to no linear and no router, by full name: depth-wise
+    convolutions, norms by head, states, experts of a form of their own."""
+    routing = routing_modules(block)
+    return {
+        ".".join(part for part in (prefix, name, own) if part): parameter
+        for name, module in block.named_modules()
+        if not isinstance(module, nn.Linear) and name not in routing
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() >= 2
+    }
+
+
+def _mostly_other(
+    block: nn.Module, prefix: str, linears: dict[str, nn.Linear], matrices: dict[str, nn.Parameter]
+) -> str:
+    """Why a block is not understood, and what can be done about it, if anything."""
+    name, matrix = max(matrices.items(), key=lambda item: item[1].numel())
+    kind = type(block.get_submodule(name.removeprefix(f"{prefix}.").rpartition(".")[0])).__name__
+    what = f"{name}: a {kind} parameter of shape {list(matrix.shape)} is not an nn.Linear weight"
+    owners = sorted({re.escape(full.split(".")[-2]) for full in matrices})
+    pattern = rf"\.{owners[0]}\." if len(owners) == 1 else rf"\.({'|'.join(owners)})\."
+    if not any(re.search(pattern, linear) is None for linear in linears):
+        return f"{what}, and all matrices of the block are of that kind: this model cannot be quantized"
+    return (
+        f"{what} and is not understood; --skip '{pattern}' leaves what is like it in full precision and quantizes the "
+        "rest"
+    )
 
 
 def linear_names(block: nn.Module, prefix: str) -> list[str]:
@@ -161,7 +210,7 @@ def replace_linears(model: nn.Module, config: Any, settings: QuantizationConfig,
 
     Scales and biases are of `dtype`; the new layers live on the device of the old ones (normally meta).
     """
-    separate_experts(model, config)
+    separate_experts(model)
     prefix, blocks = decoder_blocks(model, config)
     replaced = []
     for index, block in enumerate(blocks):
@@ -179,13 +228,20 @@ def replace_linears(model: nn.Module, config: Any, settings: QuantizationConfig,
                 device=linear.weight.device,
             )
             set_module(model, name, layer)
+            _leave_uninitialised(model.get_submodule(name.removeprefix(above(model)).rpartition(".")[0]))
             replaced.append(name)
     return replaced
 
 
+def _leave_uninitialised(parent: nn.Module) -> None:
+    """Some models draw the weights of a module's linears when they initialise the module: here there are none."""
+    if not parent._parameters and not parent._buffers:
+        parent._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark
+
+
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule of this dotted name."""
-    parent, _, child = name.rpartition(".")
+    """Replace the submodule of this dotted name, which may be the one it has in the model with its head."""
+    parent, _, child = name.removeprefix(above(model)).rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 

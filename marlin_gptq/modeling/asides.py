@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from marlin_gptq.errors import InputError
+from marlin_gptq.modeling.block_output import NOT_THERE, output_like
 from marlin_gptq.modeling.packed import Arguments, kind_of
 
 # Most memory for positions and masks that are kept from one pass of the samples to the next: rotary tables of 256
 # documents of 2000 tokens, say. What does not fit is computed again each time.
 _REMEMBERED_BYTES = 1 << 28
+# Tokens that tell what a block returns.
+_FEW = 2
 
 
 class _Stop(Exception):
@@ -32,12 +35,14 @@ def _stop(_: Tensor) -> Tensor:
 class _Aside(nn.Module):
     """Stands where a decoder block stood: hands its input on, or what `hand_over` puts in its place.
 
-    Attributes that a model asks of its blocks (attention_type, layer_idx, …) are answered by the absent block.
+    It returns a tensor, a tuple or a ModelOutput as blocks do: like the example that `asides` has. Attributes that a
+    model asks of its blocks (attention_type, layer_idx, …) are answered by the absent block.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, asides: Asides) -> None:
         super().__init__()
         self.__dict__["absent"] = block  # not a submodule: its weights stay away
+        self.__dict__["asides"] = asides
         self.__dict__["hand_over"] = None
         self.__dict__["recording"] = False
         self.__dict__["asked"] = None  # (args, kwargs) of the call while recording, without the hidden states
@@ -48,21 +53,30 @@ class _Aside(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["absent"], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        asides = self.__dict__["asides"]
+        if any(argument is NOT_THERE for argument in (*args, *kwargs.values())):
+            raise _unknown(asides.model, "hand each other more than hidden states")
         if self.__dict__["recording"]:
             self.__dict__["asked"] = (args, kwargs)
         replacement = self.__dict__["hand_over"]
-        return hidden_states if replacement is None else replacement(hidden_states)
+        hidden = hidden_states if replacement is None else replacement(hidden_states)
+        return output_like(asides.returned, hidden)
 
 
 class Asides:
-    """Takes the blocks of `model` out of `places`, its list of them; `blocks` are they, in order."""
+    """Takes the blocks of `model` out of `places`, its list of them; `blocks` are they, in order.
+
+    returned  an example of what blocks return; None until `learn`, and taken for a tensor.
+    """
+
+    returned: Any = None
 
     def __init__(self, model: Any, places: nn.ModuleList) -> None:
         self.model = model
         self.blocks = list(places)
         self._places = places
-        self._asides = [_Aside(block) for block in self.blocks]
+        self._asides = [_Aside(block, self) for block in self.blocks]
         for index, aside in enumerate(self._asides):
             places[index] = aside
         self._remembered: dict[tuple[int, ...], list[Arguments]] = {}
@@ -92,11 +106,43 @@ class Asides:
             self._forward(input_ids=ids)
         return caught[0]
 
+    @torch.no_grad()
+    def learn(self, index: int, like: Tensor) -> None:
+        """Find out what blocks return, from block `index`, which must have been entered.
+
+        like  has the dtype and the device of hidden states.
+        InputError for a model that makes something of each token for its blocks beside hidden states.
+        """
+        caught: list[Tensor] = []
+
+        def catch(hidden: Tensor) -> Tensor:
+            caught.append(hidden)
+            raise _Stop
+
+        entered, self._places[0] = self._places[0], self._asides[0]
+        self._asides[0].__dict__["recording"] = True
+        try:
+            with self._handing_over(0, catch), torch.enable_grad():
+                leaf = self._embedded(like.expand(1, _FEW)).requires_grad_()
+                self._forward(inputs_embeds=leaf + 0)  # what a model may write into
+            args, kwargs = self._asides[0].__dict__["asked"]
+        finally:
+            self._places[0] = entered
+            self._asides[0].__dict__.update(recording=False, asked=None)
+        if any(tensor.requires_grad for tensor in _tensors((args, kwargs))):
+            raise _unknown(self.model, "get more of each token than its hidden state")
+        hidden = caught[0].detach()
+        try:
+            self.returned = self.blocks[index](hidden, *args, **kwargs)
+        except (ImportError, NotImplementedError, AssertionError) as error:
+            said = " ".join(str(error).split())
+            raise InputError(f"{type(self.model).__name__}: does not run on {hidden.device}: {said}") from error
+
     @contextmanager
-    def leaving(self, hidden: Tensor) -> Iterator[None]:
-        """Inside, the last block's output is `hidden`."""
+    def leaving(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Inside, the last block's output is `hidden`; gives what the model is to be called with as inputs_embeds."""
         with self._handing_over(-1, lambda _: hidden):
-            yield
+            yield self._embedded(hidden)
 
     @torch.no_grad()
     def arguments(self, index: int, hidden: Tensor) -> Arguments:
@@ -114,8 +160,10 @@ class Asides:
             aside.__dict__["recording"] = True
         try:
             with self._handing_over(-1, _stop):
-                self._forward(inputs_embeds=hidden)
+                self._forward(inputs_embeds=self._embedded(hidden))
             arguments = [aside.__dict__["asked"] for aside in self._asides]
+            if passed_by := [number for number, asked in enumerate(arguments) if asked is None]:
+                raise _unknown(self.model, f"are not all passed by text (not number {passed_by[0]})")
         finally:
             self._places[index] = place
             for aside in self._asides:
@@ -136,6 +184,10 @@ class Asides:
             self.arguments(index, like)
         return self._kinds[length][index]
 
+    def _embedded(self, like: Tensor) -> Tensor:
+        """Zeros [B, T, width of the embedding], for `like` [B, T, …]: values that nothing here depends on."""
+        return like.new_zeros(*like.shape[:2], self.model.get_input_embeddings().weight.shape[-1])
+
     def _forward(self, **inputs: Tensor) -> None:
         try:
             self.model(use_cache=False, **inputs)
@@ -153,19 +205,23 @@ class Asides:
             aside.__dict__["hand_over"] = None
 
 
+def _unknown(model: nn.Module, what: str) -> InputError:
+    return InputError(
+        f"{type(model).__name__}: its decoder blocks {what}, so that they cannot be run one at a time; such models "
+        "cannot be quantized or measured here"
+    )
+
+
+def _tensors(node: Any) -> Iterator[Tensor]:
+    """All tensors in nested lists, tuples and dictionaries."""
+    if isinstance(node, Tensor):
+        yield node
+    elif isinstance(node, list | tuple | dict):
+        for item in node.values() if isinstance(node, dict) else node:
+            yield from _tensors(item)
+
+
 def _tensor_bytes(tree: Any) -> int:
-    """Memory of all tensors in nested lists, tuples and dictionaries, each storage once."""
-    storages: dict[int, int] = {}
-
-    def walk(node: Any) -> None:
-        if isinstance(node, Tensor):
-            storages[node.untyped_storage().data_ptr()] = node.untyped_storage().nbytes()
-        elif isinstance(node, list | tuple):
-            for item in node:
-                walk(item)
-        elif isinstance(node, dict):
-            for item in node.values():
-                walk(item)
-
-    walk(tree)
-    return sum(storages.values())
+    """Memory of all tensors in it, each storage once."""
+    storages = [tensor.untyped_storage() for tensor in _tensors(tree)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -26,8 +26,10 @@ from marlin_gptq.kernel import why_not
 from marlin_gptq.modeling.architecture import decoder_blocks, quantization_settings, read_config, replace_linears
 from marlin_gptq.modeling.asides import Asides
 from marlin_gptq.modeling.attention import ANY_LENGTH, REPEATABLE
-from marlin_gptq.modeling.experts import separate_experts
+from marlin_gptq.modeling.block_output import hidden_of
+from marlin_gptq.modeling.classes import empty_model, has_language_head, text_config
 from marlin_gptq.modeling.linear import MarlinLinear
+from marlin_gptq.modeling.names import StoredNames
 from marlin_gptq.modeling.packed import PROBE_LENGTHS, joined_arguments, make_of, mistake, packs_of, within_samples
 from marlin_gptq.modeling.streamed_weights import StreamedWeights, release, stored_dtype
 
@@ -46,14 +48,12 @@ class BlockStream:
     """
 
     def __init__(self, model_dir: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
         self.model_dir = model_dir
         self.device = device
-        self.config = read_config(model_dir)
+        config = read_config(model_dir)
+        self.config = text_config(config)
         self.store = TensorStore(model_dir)
-        settings = quantization_settings(self.config)
+        settings = quantization_settings(config)
         self.quantized = settings is not None
         self.settings = None if settings is None else QuantizationConfig.from_dict(settings)
         self.stored_dtype = stored_dtype(self.store, self.quantized)
@@ -63,19 +63,20 @@ class BlockStream:
                 f"{model_dir}: its scales are {self.stored_dtype}, which the kernel cannot run in {self.dtype}; "
                 f"use --dtype auto"
             )
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype)
+        self.model = empty_model(config, self.dtype)
         self.model.eval().requires_grad_(False)
-        separate_experts(self.model, self.config)
-        self.prefix, places = decoder_blocks(self.model, self.config)
+        _place(self.model, device)
+        self.has_head = has_language_head(config)
+        self.prefix, places = decoder_blocks(self.model, config)
         if self.settings is not None:
-            replace_linears(self.model, self.config, self.settings, self.stored_dtype)
+            replace_linears(self.model, config, self.settings, self.stored_dtype)
+        names = StoredNames(self.model, self.store.names)
         self._asides = Asides(self.model, places)
         self._blocks = self._asides.blocks
         # Of blocks tried: what goes wrong when samples share a pass.
         self._mistakes: dict[Hashable, str | None] = {}
         self._told_alone = False
-        self.weights = StreamedWeights(self.model, self.prefix, self._blocks, self.store, self.settings, device)
+        self.weights = StreamedWeights(self.model, self.prefix, self._blocks, self.store, names, self.settings, device)
         self.weights.require_complete()
         self._move_buffers()
 
@@ -94,7 +95,6 @@ class BlockStream:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids int64 [B, T] → the input of block 0 [B, T, hidden_size]; outside `block(0)`."""
-        self.weights.load_outer(self.model.get_input_embeddings())
         return self._asides.embed(ids.to(self.device))
 
     @contextmanager
@@ -108,6 +108,8 @@ class BlockStream:
             layer.hold_dense(not self._kernel_runs())
         self._asides.enter(index)
         try:
+            if self._asides.returned is None:
+                self._asides.learn(index, torch.empty((), dtype=self.dtype, device=self.device))
             yield block
         finally:
             self._asides.leave(index)
@@ -154,7 +156,7 @@ class BlockStream:
                 output = torch.func.functional_call(block, dict(tensors), (hidden, *args), kwargs)
             else:
                 output = block(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return hidden_of(output)
 
     @torch.no_grad()
     def packs(self, index: int, shapes: Sequence[tuple[int, int]], tokens: int) -> list[range]:
@@ -209,17 +211,28 @@ class BlockStream:
     def head(self, hidden: Tensor) -> Tensor:
         """The last block's output [B, T, hidden_size] → logits [B, T, vocab_size]: final norm and output head.
 
-        Gradients go to `hidden` if it asks for them."""
-        self.weights.load_outer()
-        with self._asides.leaving(hidden):
-            return self.model(inputs_embeds=hidden, use_cache=False).logits
+        Gradients go to `hidden` if it asks for them. InputError for a model without a language model's head."""
+        if not self.has_head:
+            raise InputError(
+                f"{self.model_dir}: holds a {type(self.model).__name__}, which gives no logits of the next token; what "
+                "is measured or tuned by them needs a model with a language model's head (…ForCausalLM)"
+            )
+        with self._leaving(hidden) as embedded:
+            return self.model(inputs_embeds=embedded, use_cache=False).logits
 
     @torch.no_grad()
     def final(self, hidden: Tensor) -> Tensor:
         """The last block's output [B, T, hidden_size] → what the output head sees: the final norm, no logits."""
-        self.weights.load_outer()
-        with self._asides.leaving(hidden):
-            return self.model.get_decoder()(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        with self._leaving(hidden) as embedded:
+            return self.model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def _leaving(self, hidden: Tensor) -> Iterator[Tensor]:
+        if self._asides.returned is None:
+            with self.block(0):
+                pass  # what blocks return is known now
+        with self._asides.leaving(hidden) as embedded:
+            yield embedded
 
     def release(self) -> None:
         """Let the weights outside the blocks go; `embed` and `head` read them again when called."""
@@ -250,6 +263,16 @@ class BlockStream:
                 for own, buffer in module.named_buffers(recurse=False):
                     if not buffer.is_meta:
                         module._buffers[own] = buffer.to(self.device)
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    """Tell the parts of a model that ask for their device what it is: weights come and go, and parts that text does not
+    pass never have any."""
+    from transformers import PreTrainedModel
+
+    for part in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+        kind = type(part)
+        part.__class__ = type(kind.__name__, (kind,), {"device": device, "__module__": kind.__module__})
 
 
 def return_free_memory() -> None:

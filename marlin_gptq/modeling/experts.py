@@ -7,27 +7,22 @@ transformers keeps the experts of a layer as two 3-D parameters, gate_up_proj [e
     Qwen-MoE    mlp.experts.3.gate_proj.weight, .up_proj, .down_proj
 
 Here each expert becomes a module with three nn.Linear of the names in the files, so that experts are calibrated,
-quantized, stored and loaded like every other linear. The router stays what it was: its choice is not touched.
+quantized, stored and loaded like every other linear; the names are those of transformers' own conversion. The router
+stays what it was: its choice is not touched.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from marlin_gptq.errors import InputError
-
-# Names of gate, up and down in the files of some model types; all others follow Qwen-MoE.
-_W_NAMES = ("w1", "w3", "w2")
+# Gate, up and down where files do not say otherwise.
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_NAMES = {"mixtral": _W_NAMES, "minimax": _W_NAMES, "minimax_m2": _W_NAMES, "phimoe": _W_NAMES}
-# What the files of these model types call a module that transformers calls otherwise.
-_FILE_PREFIX = {name: (".mlp.", ".block_sparse_moe.") for name in _NAMES}
 
 
 class Enough(Exception):
@@ -92,36 +87,42 @@ class Experts(nn.Module):
         return output
 
 
-def separate_experts(model: nn.Module, config: Any) -> None:
+def separate_experts(model: nn.Module) -> None:
     """Put `Experts` (on meta) in place of every module with fused 3-D expert weights; done again it does nothing.
 
-    InputError for experts of another form than silu(gate)·up, concatenated, without bias.
+    Experts of another form than act(gate)·up, concatenated, without bias, stay as they are: see `block_linears`.
     """
+    names = None
     for name, module in list(model.named_modules()):
-        fused = dict(module.named_parameters(recurse=False))
-        if "gate_up_proj" in fused and "down_proj" in fused and fused["gate_up_proj"].dim() == 3:
-            _require_understood(name, module, fused)
+        if _is_understood(module):
+            names = names or projection_names(model)
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _separated(module, fused, _names(config)))
+            setattr(model.get_submodule(parent), child, _separated(module, names))
 
 
-def file_name(name: str, config: Any) -> str:
-    """What the files call the tensor (or module) that the model calls `name`."""
-    here, there = _FILE_PREFIX.get(getattr(config, "model_type", ""), ("", ""))
-    return name.replace(here, there) if here else name
+def projection_names(model: Any) -> tuple[str, str, str]:
+    """What the files call gate, up and down of an expert, by transformers' own conversion for the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    found: dict[str, list[str]] = {}
+    for conversion in get_model_conversion_mapping(model):
+        parts = [re.search(r"experts\.\*\.(\w+)\.weight$", source) for source in conversion.source_patterns]
+        for target in conversion.target_patterns:
+            found.setdefault(target.rpartition(".")[2], [part[1] for part in parts if part])
+    names = (*found.get("gate_up_proj", ()), *found.get("down_proj", ()))
+    return (names[0], names[1], names[2]) if len(names) == 3 else _PROJECTIONS
 
 
-def fused_source(name: str, config: Any, inner: int) -> tuple[str, tuple[int, slice]] | None:
+def fused_source(name: str, names: tuple[str, str, str], shape: Sequence[int]) -> tuple[str, tuple[int, slice]] | None:
     """Where files with fused experts hold the tensor `….experts.3.up_proj.weight`: (tensor, (expert, rows)).
 
-    `inner` is the expert's inner width. None if `name` is no weight of an expert.
+    names  of gate, up and down; shape is the tensor's own. None if `name` is no weight of an expert.
     """
     found = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
-    names = _names(config)
     if not found or found[3] not in names:
         return None
     position = names.index(found[3])
-    rows = slice(None) if position == 2 else slice(position * inner, (position + 1) * inner)
+    rows = slice(None) if position == 2 else slice(position * shape[0], (position + 1) * shape[0])
     return f"{found[1]}.{'down_proj' if position == 2 else 'gate_up_proj'}", (int(found[2]), rows)
 
 
@@ -131,33 +132,41 @@ def expert_lists(block: nn.Module) -> dict[str, Experts]:
 
 
 def routing_modules(block: nn.Module) -> set[str]:
-    """Names of the modules that route or weigh tokens: beside a list of experts, with parameters of their own."""
+    """Names of the modules that route or weigh tokens: beside a list of experts, with parameters of their own, or a
+    linear further inside that gives a number for each expert."""
     routing = set()
-    for name in expert_lists(block):
-        parent = name.rpartition(".")[0]
-        for child, module in block.get_submodule(parent).named_children():
-            if any(True for _ in module.parameters(recurse=False)):
-                routing.add(f"{parent}.{child}" if parent else child)
+    for name, experts in block.named_modules():
+        parent, _, own_name = name.rpartition(".")
+        if own_name != "experts":
+            continue
+        count = len(experts) if isinstance(experts, Experts) else max((len(p) for p in experts.parameters()), default=0)
+        for child, sibling in block.get_submodule(parent).named_children():
+            for own, module in sibling.named_modules(prefix=f"{parent}.{child}" if parent else child):
+                if module is experts:
+                    break
+                routes = module is sibling or getattr(module, "out_features", None) == count
+                if routes and any(True for _ in module.parameters(recurse=False)):
+                    routing.add(own)
     return routing
 
 
-def _names(config: Any) -> tuple[str, str, str]:
-    return _NAMES.get(getattr(config, "model_type", ""), _PROJECTIONS)
-
-
-def _require_understood(name: str, module: nn.Module, fused: dict[str, nn.Parameter]) -> None:
+def _is_understood(module: nn.Module) -> bool:
+    """Whether these are experts of gate and up in one tensor, and down, that compute what an `Expert` does."""
+    fused = dict(module.named_parameters(recurse=False))
+    if set(fused) != {"gate_up_proj", "down_proj"} or fused["gate_up_proj"].dim() != 3:
+        return False
+    (experts, both, hidden), down = fused["gate_up_proj"].shape, tuple(fused["down_proj"].shape)
     expected = {"is_concatenated": True, "is_transposed": False, "has_bias": False, "has_gate": True}
     expected |= {"has_post_expert_norm": False}
-    odd = [key for key, value in expected.items() if getattr(module, key, value) != value]
-    (experts, both, hidden), down = fused["gate_up_proj"].shape, tuple(fused["down_proj"].shape)
-    if odd or set(fused) != {"gate_up_proj", "down_proj"} or down != (experts, hidden, both // 2):
-        raise InputError(
-            f"{name}: the experts of a {type(module).__name__} are not understood ({', '.join(odd) or 'shapes'}); "
-            "gate, up and down projections without bias, as in Mixtral and Qwen-MoE, are needed"
-        )
+    usual = all(getattr(module, key, value) == value for key, value in expected.items())
+    # Experts that limit or shift gate and up before they are multiplied have a function of their own for it.
+    gate = getattr(type(module), "_apply_gate", None)
+    usual &= gate is None or gate.__module__.startswith("transformers.integrations.")
+    return usual and down == (experts, hidden, both // 2) and hasattr(module, "act_fn")
 
 
-def _separated(module: nn.Module, fused: dict[str, nn.Parameter], names: tuple[str, str, str]) -> Experts:
+def _separated(module: nn.Module, names: tuple[str, str, str]) -> Experts:
+    fused = dict(module.named_parameters(recurse=False))
     experts, both, hidden = fused["gate_up_proj"].shape
     inner, dtype = both // 2, fused["gate_up_proj"].dtype
     act: Any = module.act_fn

@@ -21,9 +21,10 @@ from marlin_gptq.errors import CheckpointError, InputError
 from marlin_gptq.model_directory import require_inside
 from marlin_gptq.modeling.architecture import replace_linears
 from marlin_gptq.modeling.dequantized import dequantize
-from marlin_gptq.modeling.experts import Experts, file_name
+from marlin_gptq.modeling.experts import Experts
 from marlin_gptq.modeling.fused import fuse_projections
 from marlin_gptq.modeling.linear import MarlinLinear, prepare_for_device
+from marlin_gptq.modeling.names import StoredNames, above
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -121,13 +122,17 @@ def _require_tensors(model: nn.Module, names: list[str], files: list[Path]) -> N
                     shapes[key] = (tensors.get_slice(key).get_shape(), file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: truncated or corrupt ({error}); fetch or copy it again") from error
+    stored = StoredNames(model, shapes)
     for name in names:
-        layer = model.get_submodule(name)
+        layer = model.get_submodule(name.removeprefix(above(model)))
         assert isinstance(layer, MarlinLinear)
         for own, buffer in layer.named_buffers():
-            key = file_name(f"{name}.{own}", model.config)
-            if key not in shapes:
-                raise CheckpointError(f"{key}: missing from {files[0].parent}; fetch or make the checkpoint again")
+            full = f"{name}.{own}"
+            key = stored.stored(full)
+            if key is None:
+                raise CheckpointError(
+                    f"{stored.written(full)}: missing from {files[0].parent}; fetch or make the checkpoint again"
+                )
             if shapes[key][0] != list(buffer.shape):
                 raise CheckpointError(
                     f"{key}: got {shapes[key][0]}, expected {list(buffer.shape)} from config.json and group_size "

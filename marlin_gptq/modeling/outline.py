@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from marlin_gptq.modeling.architecture import (
     require_divisible,
     require_full_precision,
 )
-from marlin_gptq.modeling.experts import file_name, separate_experts
+from marlin_gptq.modeling.classes import empty_model, text_config
+from marlin_gptq.modeling.names import usual_names
 
 # Linears of one parent that read the same tensor; every other one has an input of its own.
 _TOGETHER = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
@@ -77,35 +78,27 @@ class Outline:
 
 def outline(model_dir: Path, settings: QuantizationConfig) -> Outline:
     """Read `model_dir`/config.json and nothing else. InputError for a model that cannot be quantized as asked."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
     config = read_config(model_dir)
     require_full_precision(model_dir, config)
-    with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(config)
-    separate_experts(model, config)
+    model = empty_model(config, torch.float32)
     prefix, blocks = decoder_blocks(model, config)
-    made = tuple(_block(block, f"{prefix}.{index}", settings, config) for index, block in enumerate(blocks))
-    tied = getattr(config, "tie_word_embeddings", False)
+    usual = usual_names(model)
+    made = tuple(_block(block, f"{prefix}.{index}", settings, usual) for index, block in enumerate(blocks))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     inside = {id(parameter) for parameter in blocks.parameters()}
-    head = model.get_output_embeddings()
     outer = [
         (name, tuple(parameter.shape))
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) not in inside and not (tied and head is not None and name == _name_of(model, head))
+        if id(parameter) not in inside and name not in tied
     ]
+    config = text_config(config)
     experts = getattr(config, "num_experts_per_tok", None) or 1
     heads = getattr(config, "num_attention_heads", None) or 1
     names = known_names(model, prefix, blocks)
     return Outline(made, tuple(outer), config.hidden_size, experts, heads, names)
 
 
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(f"{name}.weight" for name, other in model.named_modules() if other is module)
-
-
-def _block(block: nn.Module, prefix: str, settings: QuantizationConfig, config: Any) -> BlockOutline:
+def _block(block: nn.Module, prefix: str, settings: QuantizationConfig, usual: Callable[[str], str]) -> BlockOutline:
     chosen = block_linears(block, prefix, settings)
     require_divisible(chosen, settings)
     linears, covered = [], set()
@@ -116,7 +109,7 @@ def _block(block: nn.Module, prefix: str, settings: QuantizationConfig, config: 
         covered |= {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
         linears.append(
             LinearOutline(
-                name=file_name(name, config),
+                name=usual(f"{name}.weight").removesuffix(".weight"),
                 in_features=module.in_features,
                 out_features=module.out_features,
                 bias=module.bias is not None,
@@ -126,8 +119,7 @@ def _block(block: nn.Module, prefix: str, settings: QuantizationConfig, config: 
             )
         )
     others = [(f"{prefix}.{own}", tuple(tensor.shape)) for own, tensor in block.named_parameters()]
-    rest = tuple((file_name(name, config), shape) for name, shape in others if name not in covered)
-    return BlockOutline(tuple(linears), rest)
+    return BlockOutline(tuple(linears), tuple((usual(name), shape) for name, shape in others if name not in covered))
 
 
 def _input(name: str) -> str:

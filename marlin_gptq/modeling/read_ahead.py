@@ -12,14 +12,18 @@ from torch import Tensor
 from marlin_gptq.checkpoint import TensorStore
 
 logger = logging.getLogger(__name__)
-# A tensor of the files, and the part of it that is wanted (None is all).
-Source = tuple[str, tuple[int, slice] | None]
+# A tensor of the files, and the part of it that is wanted (None is all): an expert and its rows, or an expert and its
+# columns where files hold its matrix turned.
+Source = tuple[str, tuple[int, slice] | tuple[int, slice, slice] | None]
 
 
 def read(store: TensorStore, source: Source) -> Tensor:
     """The tensor, or its part, as stored, on the CPU. CheckpointError as `TensorStore.get`."""
     name, part = source
-    return store.get(name) if part is None else store.get_part(name, part)
+    if part is None:
+        return store.get(name)
+    found = store.get_part(name, part)
+    return found.t() if len(part) == 3 else found
 
 
 class ReadAhead:

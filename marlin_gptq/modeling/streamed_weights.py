@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,15 +12,20 @@ from torch import Tensor, nn
 from marlin_gptq.checkpoint import TensorStore
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.errors import CheckpointError, InputError
-from marlin_gptq.modeling.architecture import require_finite, warn_if_lost
-from marlin_gptq.modeling.experts import file_name, fused_source
+from marlin_gptq.modeling.architecture import decoder_of, is_within, require_finite, warn_if_lost
+from marlin_gptq.modeling.classes import text_config
+from marlin_gptq.modeling.experts import fused_source, projection_names
+from marlin_gptq.modeling.names import StoredNames, above
 from marlin_gptq.modeling.read_ahead import ReadAhead, Source, read
 
 
 class StreamedWeights:
     """Of a model without weights on `meta`: parameters and persistent buffers come when asked for, and go again.
 
+    Modules outside the blocks (embeddings, positions, norms, projections, the head) ask when they are called.
+
     prefix, blocks  full name of the list of decoder blocks, and these, which are not in `model` themselves.
+    names           of its tensors in the files.
     settings        of a quantized checkpoint, else None.
     device          where what is read goes.
     """
@@ -30,96 +36,124 @@ class StreamedWeights:
         prefix: str,
         blocks: Sequence[nn.Module],
         store: TensorStore,
+        names: StoredNames,
         settings: QuantizationConfig | None,
         device: torch.device,
     ) -> None:
-        self.model, self.prefix, self.blocks, self.config = model, prefix, blocks, model.config
-        self.store, self.settings, self.device = store, settings, device
-        self._tied = self._tied_names()
+        self.model, self.prefix, self.blocks = model, prefix, blocks
+        self.store, self.names, self.settings, self.device = store, names, settings, device
+        self._above, self._projections = above(model), projection_names(model)
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        self._tied = {other: one for one, other in tied.items()} | tied
+        self._give_up_buffers()
         self._ahead = ReadAhead(store, device)
+        self._outer = list(self._text_modules())
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(partial(self._load_called, name))
 
     def block_name(self, index: int) -> str:
         """Full name, for instance `model.layers.0`."""
         return f"{self.prefix}.{index}"
 
     def load_block(self, index: int) -> None:
-        self._load([(self.block_name(index), self.blocks[index])])
-
-    def load_outer(self, only: nn.Module | None = None) -> None:
-        """Of the modules outside the blocks; `only` narrows it to one."""
-        self._load(self._outer_modules(only))
+        self._load(self.blocks[index].named_modules(prefix=self.block_name(index)))
 
     def release_outer(self) -> None:
-        for _, module in self._outer_modules(None):
+        """Let go what modules outside the blocks read; they read it again when they are called."""
+        for _, module in self._outer:
             release(module)
 
     def read_ahead(self, index: int) -> None:
         """Begin to read block `index` into host memory; `close` ends it."""
-        root = [(self.block_name(index), self.blocks[index])]
-        self._ahead.start({name: self._source(name, like) for _, _, name, like in self._absent(root)})
+        modules = self.blocks[index].named_modules(prefix=self.block_name(index))
+        self._ahead.start({name: self._source(name, like) for _, _, name, like in self._absent(modules)})
 
     def close(self) -> None:
         """End the thread that reads ahead, if one began."""
         self._ahead.close()
 
-    def outer_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter outside the blocks as it stands in the files, on the CPU; of tied ones the stored one."""
-        for prefix, module in self._outer_modules(None):
-            for own, _ in module.named_parameters(recurse=False):
-                if (name := f"{prefix}.{own}") in self.store:
-                    yield name, self.store.get(name)
+    def outer_names(self) -> list[str]:
+        """Names in the files of every tensor outside the blocks: of the decoder, its head, and all else (a vision
+        part, a projector), in the form they have in the files; of tied ones the stored one."""
+        inside = f"{self.prefix}."
+        outer = [stored for stored, name in self.names.known.items() if not name.startswith(inside)]
+        return [*outer, *sorted(self.names.converted)]
 
-    def elements(self) -> Iterator[tuple[str, int]]:
-        """(name, number of elements) of every tensor the model takes from its files; of tied ones the stored one."""
+    def outer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Those of `outer_names` as they stand in the files, on the CPU."""
+        yield from ((name, self.store.get(name)) for name in self.outer_names())
+
+    def as_stored(self, name: str) -> Tensor:
+        """A buffer that blocks keep, as the files have it: a router's may be float32 in a model of 16 bits."""
+        return self.store.get(self.names.stored(name) or name)
+
+    def elements(self) -> Iterator[tuple[str, int, torch.dtype | None]]:
+        """(name, number of elements, dtype) of every tensor of a result; outside the blocks by the files' name.
+
+        The dtype is None where it is that of the result."""
         for index, block in enumerate(self.blocks):
-            for name, tensor in persistent(block):
-                yield f"{self.block_name(index)}.{name}", tensor.numel()
-        for prefix, module in self._outer_modules(None):
-            for own, parameter in module.named_parameters(recurse=False):
-                if (name := f"{prefix}.{own}") in self.store:
-                    yield name, parameter.numel()
+            for own, tensor in persistent(block):
+                name = f"{self.block_name(index)}.{own}"
+                kept = not isinstance(tensor, nn.Parameter) and self.names.stored(name)
+                yield name, tensor.numel(), self.store.dtype(kept) if kept else None
+        for name in self.outer_names():
+            dtype = self.store.dtype(name)
+            yield name, torch.Size(self.store.shape(name)).numel(), None if dtype.is_floating_point else dtype
 
     def file_name(self, name: str) -> str:
-        """What checkpoint files call the tensor that the model calls `name`."""
-        return file_name(name, self.config)
+        """What files of a result call the tensor that the model calls `name`."""
+        return self.names.written(name)
 
     def unknown_tensors(self) -> list[str]:
         """Names in the files that the architecture has no place for (rotary tables of old checkpoints aside)."""
-        known: set[str] = set()
-        for index, block in enumerate(self.blocks):
-            for name, tensor in persistent(block):
-                full = f"{self.block_name(index)}.{name}"
-                fused = fused_source(full, self.config, tensor.shape[0])
-                known |= {full, self.file_name(full)} | ({fused[0], self.file_name(fused[0])} if fused else set())
-        known |= {f"{prefix}.{own}" for prefix, module in self._outer_modules(None) for own in module._parameters}
+        known = self.names.known.keys() | self.names.converted
         return sorted(name for name in set(self.store.names) - known if not name.endswith("rotary_emb.inv_freq"))
 
-    def _outer_modules(self, only: nn.Module | None) -> list[tuple[str, nn.Module]]:
-        """Modules outside the blocks that hold parameters of their own; `only` narrows it to one."""
-        found = []
-        for name, module in self.model.named_modules():
-            if not any(True for _ in module.parameters(recurse=False)):
-                continue
-            if only is None or module is only:
-                found.append((name, module))
-        return found
+    def _give_up_buffers(self) -> None:
+        """Persistent buffers: what files hold comes from there as weights do; others keep the values they were made
+        with, and are not stored."""
+        for prefix, root in [("", self.model), *((self.block_name(i), block) for i, block in enumerate(self.blocks))]:
+            for name, module in root.named_modules(prefix=prefix):
+                for own, buffer in module.named_buffers(recurse=False):
+                    if own in module._non_persistent_buffers_set or buffer.is_meta:
+                        continue
+                    if self.names.stored(f"{name}.{own}".removeprefix(".")) is None:
+                        module._non_persistent_buffers_set.add(own)
+                    else:
+                        module._buffers[own] = buffer.to("meta")
 
-    def _load(self, modules: list[tuple[str, nn.Module]]) -> None:
-        """Read every parameter and persistent buffer of these modules that is still without data."""
+    def _text_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules outside the blocks that text passes: all, or of a model with more parts (one that sees, a projector)
+        those of the decoder, the embeddings and the head."""
+        whole = text_config(self.model.config) is self.model.config
+        root = "" if whole else decoder_of(self.model)
+        ends = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        for name, module in self.model.named_modules():
+            passed = is_within(name, root) or any(module is end for end in ends)
+            if passed and (module._parameters or module._buffers):
+                yield name, module
+
+    def _load_called(self, name: str, module: nn.Module, _: tuple) -> None:
+        """A hook before the forward of a module outside the blocks; lists of parameters are read with their owner."""
+        self._load([(name, module)])
+        for own, child in module.named_children():
+            if type(child).forward is nn.Module.forward:
+                self._load_called(f"{name}.{own}" if name else own, child, ())
+
+    def _load(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
+        """Read every parameter and persistent buffer of these modules themselves that is still without data."""
         for module, own, full, like in self._absent(modules):
             tensor = self._read(full, like)
             parameter = isinstance(like, nn.Parameter)
             setattr(module, own, nn.Parameter(tensor, requires_grad=False) if parameter else tensor)
 
     @staticmethod
-    def _absent(modules: list[tuple[str, nn.Module]]) -> list[tuple[nn.Module, str, str, Tensor]]:
+    def _absent(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[nn.Module, str, str, Tensor]]:
         """(module, name in it, full name, itself) of every parameter and persistent buffer without data."""
         found: list[tuple[nn.Module, str, str, Tensor]] = []
-        for prefix, root in modules:
-            for name, module in root.named_modules():
-                full = ".".join(part for part in (prefix, name) if part)
-                named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-                found += [(module, own, f"{full}.{own}", like) for own, like in named if like.is_meta]
+        for name, module in modules:
+            named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            found += [(module, own, f"{name}.{own}" if name else own, like) for own, like in named if like.is_meta]
         return found
 
     def _read(self, name: str, like: Tensor) -> Tensor:
@@ -140,21 +174,23 @@ class StreamedWeights:
 
     def _source(self, name: str, like: Tensor) -> Source:
         """(tensor in the files, part of it or None for all): files may hold the experts of a layer in one tensor."""
-        fused = None if name in self.store else fused_source(name, self.config, like.shape[0])
-        for stored in (fused[0], self.file_name(fused[0])) if fused else ():
-            if stored in self.store:
-                return stored, fused[1] if fused else None
-        return self._stored_name(name), None
+        stored = self.names.stored(name)
+        if stored is None and (fused := fused_source(name, self._projections, like.shape)):
+            whole = self.names.stored(fused[0])
+            if whole is not None:
+                (expert, rows), (height, width) = fused[1], like.shape
+                shape = self.store.shape(whole)
+                expected = shape[0], height * (1 if rows == slice(None) else 2), width
+                return whole, (expert, slice(None), rows) if self.names.is_turned(whole, shape, expected) else fused[1]
+        return stored or self._stored_otherwise(name), None
 
-    def _stored_name(self, name: str) -> str:
-        """Files may use another name, and tied weights stand in them under one name only."""
-        for stored in (name, self.file_name(name)):
-            if stored in self.store:
-                return stored
-        source = self._tied.get(name)
-        if source is not None and source in self.store:
-            return source
-        strangers = self.unknown_tensors()
+    def _stored_otherwise(self, name: str) -> str:
+        """Tied weights stand in the files under one name only."""
+        tied = self._tied.get(name.removeprefix(self._above))
+        stored = None if tied is None else self.names.stored(tied)
+        if stored is not None:
+            return stored
+        strangers = self.unknown_tensors() or sorted(self.names.converted)
         if strangers:
             raise InputError(
                 f"{type(self.model).__name__}: not understood: its files hold {strangers[0]} and no {name}, that is, "
@@ -162,24 +198,13 @@ class StreamedWeights:
             )
         raise CheckpointError(f"{self.store.directory}: the tensor {name} is missing; fetch the checkpoint again")
 
-    def _tied_names(self) -> dict[str, str]:
-        if not getattr(self.config, "tie_word_embeddings", False):
-            return {}
-        names = {id(module): name for name, module in self.model.named_modules()}
-        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        if head is None:
-            return {}
-        one, other = f"{names[id(head)]}.weight", f"{names[id(embedding)]}.weight"
-        return {one: other, other: one}
-
     def require_complete(self) -> None:
         """CheckpointError, before any work, for a tensor the architecture needs and the files lack or misshape."""
         for index, block in enumerate(self.blocks):
             for name, tensor in persistent(block):
                 self._require_shape(f"{self.block_name(index)}.{name}", tensor)
-        for prefix, module in self._outer_modules(None):
-            for own, parameter in module.named_parameters(recurse=False):
-                self._require_shape(f"{prefix}.{own}", parameter)
+        for _, _, name, like in self._absent(self._outer):
+            self._require_shape(name, like)
 
     def _require_shape(self, name: str, like: Tensor) -> None:
         stored, part = self._source(name, like)
@@ -188,7 +213,9 @@ class StreamedWeights:
             experts, rows, columns = shape
             if part[0] >= experts:
                 raise CheckpointError(f"{stored}: holds {experts} experts, config.json names more ({name})")
-            shape = [len(range(*part[1].indices(rows))), columns]
+            if len(part) == 3:
+                rows, columns = columns, rows
+            shape = [len(range(*part[-1].indices(rows))), columns]
         if shape != list(like.shape):
             hint = ""
             if name.endswith(".scales") and self.settings is not None:

@@ -17,6 +17,7 @@ from marlin_gptq.errors import CheckpointError
 from marlin_gptq.formats import marlin
 from marlin_gptq.modeling.architecture import read_config, replace_linears, set_module
 from marlin_gptq.modeling.linear import pack
+from marlin_gptq.modeling.names import StoredNames
 from marlin_gptq.quantization.tunable import TunableWeight
 from marlin_gptq.quantization.weight import QuantizedWeight
 from marlin_gptq.tuning.memory import Sizes
@@ -100,21 +101,23 @@ class Student:
             attention = "sdpa_without_mask" if self.recordable else "sdpa"
             self.model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         names = replace_linears(self.model, config, settings, torch.float16)
+        self._files = StoredNames(self.model, store.names)
         self.layers: dict[str, TunableWeight] = {}
         inputs = RoundedInputs()
         for name in names:
             shape = self.model.get_submodule(name)
             size = settings.group_size_of(name)
-            stored = _read_quantized(store, name, shape.out_features, shape.in_features, size, device)
-            original = None if originals is None else originals.get(f"{name}.weight").to(device)
+            base = self._stored(f"{name}.qweight").removesuffix(".qweight")
+            stored = _read_quantized(store, base, shape.out_features, shape.in_features, size, device)
+            original = None if originals is None else originals.get(f"{base}.weight").to(device)
             weight = TunableWeight(stored, original)
-            bias = store.get(f"{name}.bias").float() if f"{name}.bias" in store else None
+            bias = store.get(f"{base}.bias").float() if f"{base}.bias" in store else None
             set_module(self.model, name, TunableLinear(weight, bias, inputs).to(device))
             self.layers[name] = weight
         for name, module in self.model.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
-                if parameter.is_meta and f"{name}.{own}" in store:
-                    value = store.get(f"{name}.{own}").float().to(device)
+                if parameter.is_meta and (full := self._stored(f"{name}.{own}")) in store:
+                    value = store.get(full).float().to(device)
                     setattr(module, own, nn.Parameter(value, requires_grad=False))
             for own, buffer in module.named_buffers(recurse=False):
                 module._buffers[own] = buffer.to(device)
@@ -177,14 +180,18 @@ class Student:
         head = self.model.get_output_embeddings()
         return head.weight, getattr(head, "bias", None)
 
+    def _stored(self, name: str) -> str:
+        """What the directory calls the tensor that the model calls `name`."""
+        return self._files.stored(name) or name
+
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that tuning may have changed, under its name and in its form on disk."""
         for name, layer in self.layers.items():
             qweight, scales = pack(layer.quantized())
-            yield f"{name}.qweight", qweight
-            yield f"{name}.scales", scales
+            yield self._stored(f"{name}.qweight"), qweight
+            yield self._stored(f"{name}.scales"), scales
         for name in self.norms:
-            yield f"{name}.weight", self.model.get_submodule(name).weight.detach().to(dtype)
+            yield self._stored(f"{name}.weight"), self.model.get_submodule(name).weight.detach().to(dtype)
 
 
 @torch.no_grad()
