@@ -34,7 +34,7 @@ from marlin_gptq.errors import InputError
 from marlin_gptq.estimates import SIDE_BY_SIDE, staged_bytes, streams
 from marlin_gptq.job import Job, Plan
 from marlin_gptq.memory_plan import plan_within, tuning_within
-from marlin_gptq.modeling.architecture import read_config, require_full_precision
+from marlin_gptq.modeling.architecture import context_length, read_config, require_full_precision
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.classes import text_config
 from marlin_gptq.modeling.outline import outline
@@ -131,7 +131,7 @@ def quantize_model(
     require_space(output, size)
     passing = samples if config.method == "gptq" else []
     if passing and config.pack:
-        passing = packed(samples, getattr(stream.config, "max_position_embeddings", None))
+        passing = packed(samples, context_length(stream.config))
     numbers = _own_samples(passing, team)
     own = [passing[number] for number in numbers]
     job = job_of(own, config, stream.dtype, shard_size)

@@ -11,7 +11,7 @@ from torch import nn
 
 from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import InputError, QuantizationError
-from marlin_gptq.model_directory import read_json
+from marlin_gptq.model_directory import CONTEXT_NAMES, read_json
 from marlin_gptq.modeling.classes import auto_class, text_config
 from marlin_gptq.modeling.experts import routing_modules, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
@@ -53,6 +53,12 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
     if settings is None:
         return None
     return dict(settings) if isinstance(settings, dict) else dict(settings.to_dict())
+
+
+def context_length(config: Any) -> int | None:
+    """Tokens that the model takes at most; None if its config names no limit."""
+    text = text_config(config)
+    return next((int(getattr(text, name)) for name in CONTEXT_NAMES if getattr(text, name, None)), None)
 
 
 def require_full_precision(model_dir: Path, config: Any) -> None:
