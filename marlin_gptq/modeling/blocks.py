@@ -79,6 +79,8 @@ class BlockStream:
         self.weights = StreamedWeights(self.model, self.prefix, self._blocks, self.store, names, self.settings, device)
         self.weights.require_complete()
         self._move_buffers()
+        self._asides.require_plain(torch.empty((), dtype=self.dtype, device=self.device))
+        self.release()
 
     @property
     def n_blocks(self) -> int:
@@ -109,7 +111,7 @@ class BlockStream:
         self._asides.enter(index)
         try:
             if self._asides.returned is None:
-                self._asides.learn(index, torch.empty((), dtype=self.dtype, device=self.device))
+                self._asides.learn(index)
             yield block
         finally:
             self._asides.leave(index)
