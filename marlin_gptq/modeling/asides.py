@@ -127,7 +127,7 @@ class Asides:
         except (ValueError, RuntimeError) as error:  # a model that looks the embedding's tokens up, for instance
             if isinstance(error, MarlinGPTQError):
                 raise
-            raise _unknown(self.model, f"are not reached from embeddings ({' '.join(str(error).split())})") from error
+            raise _unknown(self.model, "are not reached from embeddings alone") from error
         finally:
             self._asides[0].__dict__.update(recording=False, asked=None)
         if any(tensor.requires_grad for tensor in _tensors((args, kwargs))):
