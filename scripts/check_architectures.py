@@ -259,11 +259,17 @@ def wrongly_written(model: Any, ids: Tensor, count: int = 6) -> str:
 
 
 def table(results: dict[str, dict[str, str]]) -> str:
-    """The table of docs/architectures.md."""
+    """The table of docs/architectures.md, and below it the sentences of what is refused, by number."""
+    said = [result.removeprefix("refused: ") for row in results.values() for result in row.values()]
+    refusals = [sentence for sentence in dict.fromkeys(said) if not sentence.startswith(("works: ", "FAIL: "))]
+
+    def cell(result: str) -> str:
+        sentence = result.removeprefix("refused: ")
+        return f"refused [{refusals.index(sentence) + 1}]" if sentence in refusals else result.removeprefix("works: ")
+
     lines = ["| architecture | `marlin` | `fast` |", "|---|---|---|"]
-    cells = {name: [result.removeprefix("works: ") for result in row.values()] for name, row in results.items()}
-    lines += [f"| {name} | {' | '.join(cell.replace('|', '/') for cell in row)} |" for name, row in cells.items()]
-    return "\n".join(lines) + "\n"
+    lines += [f"| {name} | {' | '.join(cell(result) for result in row.values())} |" for name, row in results.items()]
+    return "\n".join([*lines, "", *(f"[{number}] `{sentence}`\n" for number, sentence in enumerate(refusals, 1))])
 
 
 def main() -> None:
