@@ -97,6 +97,7 @@ class BlockStream:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids int64 [B, T] → the input of block 0 [B, T, hidden_size]; outside `block(0)`."""
+        self.weights.load_outer(self.model.get_input_embeddings())
         return self._asides.embed(ids.to(self.device))
 
     @contextmanager
@@ -219,6 +220,7 @@ class BlockStream:
                 f"{self.model_dir}: holds a {type(self.model).__name__}, which gives no logits of the next token; what "
                 "is measured or tuned by them needs a model with a language model's head (…ForCausalLM)"
             )
+        self.weights.load_outer(self.model.get_output_embeddings())
         with self._leaving(hidden) as embedded:
             return self.model(inputs_embeds=embedded, use_cache=False).logits
 
