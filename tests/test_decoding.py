@@ -95,7 +95,7 @@ def test_tokens_are_those_of_whole_forwards(architecture: str) -> None:
 
 def test_a_step_that_asks_the_host_for_experts_is_not_recorded() -> None:
     model = model_of("mixtral", num_local_experts=2, num_experts_per_tok=1)
-    separate_experts(model, model.config)
+    separate_experts(model)
     assert "which experts the tokens go to" in why_not(model, 8, graphs=False, compiled=True)
     assert not why_not(model, 8, graphs=False, compiled=False, fixed=True)
 

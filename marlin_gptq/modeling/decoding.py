@@ -71,7 +71,7 @@ class Decoder:
         self._fixed = graphs or compiled or fixed
         if reason := why_not(model, length, graphs=graphs, compiled=compiled, fixed=fixed):
             raise ValueError(reason)
-        self._cache = _fixed_cache(model.config, length, self.device) if self._fixed else None
+        self._cache: Any = _fixed_cache(model.config, length, self.device) if self._fixed else None
         self._kept: dict[str, Any] = {}  # the model's own cache, by the name it has for it
         self._takes = inspect.signature(model.forward).parameters
         # Of models that look another attention up than their own.
