@@ -11,6 +11,7 @@ import torch
 
 from marlin_gptq.errors import InputError
 from marlin_gptq.modeling.architecture import context_length
+from marlin_gptq.modeling.classes import text_config
 from marlin_gptq.modeling.decoding import Decoder, why_not
 from marlin_gptq.modeling.sampling import sample
 
@@ -57,7 +58,7 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
 
 def room(model: Any, tokens: int, max_new_tokens: int) -> int:
     """How many of `max_new_tokens` the context has room for after a prompt of `tokens`; InputError for none."""
-    context = context_length(model.config)
+    context = context_length(text_config(model.config))
     if context is not None and tokens >= context:
         raise InputError(
             f"prompt: got {tokens} tokens, the model's context (max_position_embeddings) holds {context}, and the "

@@ -57,9 +57,8 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
 
 
 def context_length(config: Any) -> int | None:
-    """Tokens that the model takes at most; None if its config names no limit."""
-    text = text_config(config)
-    return next((int(getattr(text, name)) for name in CONTEXT_NAMES if getattr(text, name, None)), None)
+    """Tokens that the decoder of this text config takes at most; None if it names no limit."""
+    return next((int(getattr(config, name)) for name in CONTEXT_NAMES if getattr(config, name, None)), None)
 
 
 def require_full_precision(model_dir: Path, config: Any) -> None:

@@ -26,6 +26,7 @@ from marlin_gptq.costs import Costs
 from marlin_gptq.device_memory import free_bytes, give_back
 from marlin_gptq.modeling.architecture import context_length, read_config, require_finite
 from marlin_gptq.modeling.blocks import BlockStream
+from marlin_gptq.modeling.classes import text_config
 from marlin_gptq.output_directory import write_companions
 from marlin_gptq.report import ProgressEvent, QuantizeReport, rescaled
 from marlin_gptq.tuning.end_to_end import Diverged, Rates, mean_divergence, teacher_hidden, tune
@@ -70,7 +71,7 @@ def tune_checkpoint(
     """
     started = time.perf_counter()
     costs = Costs(device)
-    length = window_length(samples, context_length(read_config(model_dir)))
+    length = window_length(samples, context_length(text_config(read_config(model_dir))))
     text = windows(samples, length)
     judged = max(1, len(text) // _JUDGED)  # the first of them: nothing is learnt from these, unless there are no others
     tell = _Teller(progress, first)
