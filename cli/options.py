@@ -17,7 +17,7 @@ import click
 from marlin_gptq import register
 from marlin_gptq.cli import failures
 from marlin_gptq.errors import InputError
-from marlin_gptq.model_directory import local_directory, read_json, resolve_model
+from marlin_gptq.model_directory import CONTEXT_NAMES, local_directory, read_json, resolve_model
 from marlin_gptq.near_names import near
 
 if TYPE_CHECKING:
@@ -238,8 +238,8 @@ def load_libraries(say: Callable[[str], None]) -> None:
 
 
 def context_length(model_dir: Path) -> int | None:
-    """The longest sequence the model was made for (max_position_embeddings), if its config says so."""
+    """The longest sequence the model was made for, if its config says so."""
     raw = read_json(model_dir / "config.json")
     text = raw.get("text_config") or raw  # of a model with a vision part
-    length = text.get("max_position_embeddings") if isinstance(text, dict) else None
-    return length if isinstance(length, int) else None
+    settings = text if isinstance(text, dict) else {}
+    return next((settings[name] for name in CONTEXT_NAMES if isinstance(settings.get(name), int)), None)

@@ -11,6 +11,7 @@ import torch
 from jinja2 import TemplateError
 
 from marlin_gptq.errors import InputError
+from marlin_gptq.modeling.architecture import context_length
 from marlin_gptq.modeling.classes import text_config
 from marlin_gptq.modeling.decoding import Decoder, why_not
 from marlin_gptq.modeling.sampling import sample
@@ -68,7 +69,7 @@ def has_chat_template(tokenizer: Any) -> bool:
 
 def room(model: Any, tokens: int, max_new_tokens: int) -> int:
     """How many of `max_new_tokens` the context has room for after a prompt of `tokens`; InputError for none."""
-    context = getattr(text_config(model.config), "max_position_embeddings", None)
+    context = context_length(text_config(model.config))
     if context is not None and tokens >= context:
         raise InputError(
             f"prompt: got {tokens} tokens, the model's context (max_position_embeddings) holds {context}, and the "

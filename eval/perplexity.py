@@ -21,6 +21,7 @@ from marlin_gptq.calibration import load_tokenizer, sequence_length
 from marlin_gptq.errors import InputError
 from marlin_gptq.eval.hidden_states import Progress, Steps, last_hidden, not_finite
 from marlin_gptq.eval.windows import equal_length_batches, require_vocabulary, text_windows
+from marlin_gptq.modeling.architecture import context_length
 from marlin_gptq.modeling.blocks import BlockStream
 
 LOGITS_PER_CHUNK = {"cuda": 2**25, "cpu": 2**22}
@@ -92,7 +93,7 @@ def prepare(
         if number is not None and number < 1:
             raise InputError(f"{name}: got {number}, expected at least 1")
     stream = BlockStream(model_dir, device=device, dtype=dtype)
-    seq_len = sequence_length(seq_len, getattr(stream.config, "max_position_embeddings", None))
+    seq_len = sequence_length(seq_len, context_length(stream.config))
     windows, protocol = text_windows(
         load_tokenizer(model_dir), dataset, seq_len, n_samples=n_samples, seed=seed, offline=offline
     )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from marlin_gptq.errors import InputError
+from marlin_gptq.modeling.architecture import context_length
 from marlin_gptq.modeling.decoding import Decoder, weight_bytes, why_not
 from marlin_gptq.modeling.linear import MarlinLinear
 
@@ -74,7 +75,7 @@ class Speed:
 
 def require_room(config: Any, requests: list[Request], name: str) -> None:
     """InputError if a request is longer than the model's context, or does not decode at all."""
-    context = getattr(config, "max_position_embeddings", None)
+    context = context_length(config)
     for request in requests:
         if request.new_tokens < 2:
             raise InputError(

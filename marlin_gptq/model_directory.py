@@ -15,6 +15,8 @@ from marlin_gptq.near_names import near_path
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+# What configs call the longest sequence that a model takes; the last is of MPT and DBRX.
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 _LARGEST_JSON = 10**8  # bytes; an index of a million tensors has less
 _ANSWER_SECONDS = 5
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]

@@ -33,7 +33,7 @@ from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.job import Job, Plan
 from marlin_gptq.memory_plan import plan_within, tuning_within, usual_plan
-from marlin_gptq.modeling.architecture import read_config, require_full_precision
+from marlin_gptq.modeling.architecture import context_length, read_config, require_full_precision
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import outline
 from marlin_gptq.modeling.output_gradients import chosen_samples
@@ -138,7 +138,7 @@ def quantize_model(
     require_space(output, size)
     passing = samples if config.method == "gptq" else []
     if passing and config.pack:
-        passing = packed(samples, getattr(stream.config, "max_position_embeddings", None))
+        passing = packed(samples, context_length(stream.config))
     numbers = _own_samples(passing, team)
     own = [passing[number] for number in numbers]
     job = job_of(own, config, stream.dtype, shard_size)

@@ -94,6 +94,22 @@ def test_blocks_that_get_more_of_a_token_are_refused(tmp_path: Path, monkeypatch
         model.layers[0](inputs_embeds, per_layer_input=2 * inputs_embeds)
 
     monkeypatch.setattr(LlamaModel, "forward", forward)
-    stream = BlockStream(save_tiny_model(tmp_path / "model"), device=CPU)
-    with pytest.raises(InputError, match="get more of each token than its hidden state"), stream.block(0):
-        pass
+    directory = save_tiny_model(tmp_path / "model")
+    with pytest.raises(InputError, match="get more of each token than its hidden state"):
+        BlockStream(directory, device=CPU)
+
+
+def test_a_model_may_ask_where_its_embedding_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Llama 4, which moves the ids to the device of the embedding before it calls that."""
+    own = LlamaModel.forward
+
+    def forward(model: Any, input_ids: Tensor, **settings: Any) -> Any:
+        embedded = model.embed_tokens(input_ids.to(model.embed_tokens.weight.device))
+        return own(model, **(settings | {"inputs_embeds": embedded}))
+
+    directory = save_tiny_model(tmp_path / "model", dtype=torch.float32)
+    ids = torch.randint(0, 96, (1, 20), generator=torch.Generator().manual_seed(0))
+    wanted = AutoModelForCausalLM.from_pretrained(directory).get_input_embeddings()(ids)
+    stream = BlockStream(directory, device=CPU)
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    torch.testing.assert_close(stream.embed(ids), wanted)

@@ -10,6 +10,7 @@ from helpers import tiny_config
 from transformers import AutoModelForCausalLM
 
 from marlin_gptq.modeling.decoding import Decoder, weight_bytes, why_not
+from marlin_gptq.modeling.experts import separate_experts
 from marlin_gptq.modeling.fixed_cache import FixedLayer, fixed_cache
 from marlin_gptq.modeling.sampling import draw, sample
 
@@ -49,6 +50,54 @@ def test_tokens_are_those_of_generate(architecture: str, changes: dict, fixed: b
             assert torch.equal(decoded(decoder, ids, 10), expected)
     assert bool(why_not(model, 30, graphs=False, compiled=True)) is not fixed
     assert bool(why_not(model, 30, graphs=False, compiled=False, fixed=True)) is not fixed
+
+
+LINEAR_FIRST = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 32}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1, "attn_layer_indices": [1]}
+OTHER_CACHES = {
+    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, ""),  # an attention that takes no other's place
+    "minimax": (
+        {"num_local_experts": 2, **LINEAR_FIRST},
+        "does not run on a cache of fixed size",
+    ),  # a class of its own
+    "bamba": (MAMBA, "keeps more of the text than keys and values"),  # no keys in the first layer
+    "gpt_neo": (
+        {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+        "does not run on a cache of fixed size",
+    ),
+    "recurrent_gemma": (
+        {"lru_width": 128, "attention_window_size": 8, "block_types": ["recurrent", "attention"], "pad_token_id": 0},
+        "does not run on a cache of fixed size",
+    ),  # returns no cache
+}
+
+
+@pytest.mark.parametrize("architecture", OTHER_CACHES)
+def test_tokens_are_those_of_whole_forwards(architecture: str) -> None:
+    """Of models that keep something else than keys and values, or count otherwise what they keep."""
+    changes, refused = OTHER_CACHES[architecture]
+    model = model_of(architecture, **changes)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=1.0 if "embed" in name else parameter.shape[1] ** -0.5)
+    prompt = ids = torch.randint(3, 90, (2, 20))
+    with torch.no_grad():
+        for _ in range(8):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    decoder = Decoder(model, 2, 28)
+    for _ in range(2):
+        assert torch.equal(decoded(decoder, prompt, 8), ids[:, 20:])
+    reason = why_not(model, 28, graphs=False, compiled=False, fixed=True)
+    assert refused in reason and bool(refused) == bool(reason)
+    if not refused:
+        assert torch.equal(decoded(Decoder(model, 2, 28, fixed=True), prompt, 8), ids[:, 20:])
+
+
+def test_a_step_that_asks_the_host_for_experts_is_not_recorded() -> None:
+    model = model_of("mixtral", num_local_experts=2, num_experts_per_tok=1)
+    separate_experts(model)
+    assert "which experts the tokens go to" in why_not(model, 8, graphs=False, compiled=True)
+    assert not why_not(model, 8, graphs=False, compiled=False, fixed=True)
 
 
 def test_layers_share_one_position() -> None:

@@ -13,11 +13,12 @@ from torch import nn
 
 from marlin_gptq.config import QUANT_METHOD, QuantizationConfig
 from marlin_gptq.errors import InputError, QuantizationError
-from marlin_gptq.model_directory import OLD_SETTINGS, holds_file, read_json, require_no_adapter
+from marlin_gptq.model_directory import CONTEXT_NAMES, OLD_SETTINGS, holds_file, read_json, require_no_adapter
 from marlin_gptq.modeling.classes import auto_class, text_config
 from marlin_gptq.modeling.experts import routing_modules, separate_experts
 from marlin_gptq.modeling.linear import MarlinLinear
 from marlin_gptq.modeling.names import above
+from marlin_gptq.modeling.uncalled import uncalled_linears
 from marlin_gptq.quantization.weight import columns_per_group
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,11 @@ def quantization_settings(config: Any) -> dict[str, Any] | None:
     if settings is None:
         return None
     return dict(settings) if isinstance(settings, dict) else dict(settings.to_dict())
+
+
+def context_length(config: Any) -> int | None:
+    """Tokens that the decoder of this text config takes at most; None if it names no limit."""
+    return next((int(getattr(config, name)) for name in CONTEXT_NAMES if getattr(config, name, None)), None)
 
 
 def require_full_precision(model_dir: Path, config: Any) -> None:
@@ -116,11 +122,11 @@ def block_linears(block: nn.Module, prefix: str, skip: QuantizationConfig | None
     `other_matrices`. Raises InputError where these, not skipped, are most of the block: they would silently stay in
     full precision.
     """
-    routing = routing_modules(block)
+    kept = _kept(block)
     linears = {
         f"{prefix}.{name}": module
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and name not in routing
+        if isinstance(module, nn.Linear) and name not in kept
     }
     matrices = other_matrices(block, prefix)
     if skip is not None:
@@ -133,11 +139,11 @@ def block_linears(block: nn.Module, prefix: str, skip: QuantizationConfig | None
 def other_matrices(block: nn.Module, prefix: str) -> dict[str, nn.Parameter]:
     """Parameters of two and more dimensions that belong to no linear and no router, by full name: depth-wise
     convolutions, norms by head, states, experts of a form of their own."""
-    routing = routing_modules(block)
+    kept = _kept(block)
     return {
         ".".join(part for part in (prefix, name, own) if part): parameter
         for name, module in block.named_modules()
-        if not isinstance(module, nn.Linear) and name not in routing
+        if not isinstance(module, nn.Linear) and name not in kept
         for own, parameter in module.named_parameters(recurse=False)
         if parameter.dim() >= 2
     }
@@ -160,11 +166,16 @@ def _mostly_other(
     )
 
 
+def _kept(block: nn.Module) -> set[str]:
+    """Modules of a block that are never quantized: they route tokens, or the model reads their weight by itself."""
+    return routing_modules(block) | uncalled_linears(block)
+
+
 def linear_names(block: nn.Module, prefix: str) -> list[str]:
     """Full names of all linears of a block that could be quantized."""
-    routing = routing_modules(block)
+    kept = _kept(block)
     named = block.named_modules()
-    return [f"{prefix}.{name}" for name, module in named if isinstance(module, nn.Linear) and name not in routing]
+    return [f"{prefix}.{name}" for name, module in named if isinstance(module, nn.Linear) and name not in kept]
 
 
 def known_names(model: nn.Module, prefix: str, blocks: Iterable[nn.Module]) -> tuple[list[str], list[str]]:
@@ -235,7 +246,7 @@ def replace_linears(model: nn.Module, config: Any, settings: QuantizationConfig,
 
 def _leave_uninitialised(parent: nn.Module) -> None:
     """Some models draw the weights of a module's linears when they initialise the module: here there are none."""
-    if not parent._parameters and not parent._buffers:
+    if not parent._non_persistent_buffers_set:  # which come from nowhere else
         parent._is_hf_initialized = True  # type: ignore[assignment]  # transformers' mark
 
 

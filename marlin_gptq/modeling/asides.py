@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marlin_gptq.errors import InputError
+from marlin_gptq.errors import InputError, MarlinGPTQError
 from marlin_gptq.modeling.block_output import NOT_THERE, output_like
 from marlin_gptq.modeling.packed import Arguments, kind_of
 
@@ -71,6 +71,7 @@ class Asides:
     """
 
     returned: Any = None
+    _call: Arguments
 
     def __init__(self, model: Any, places: nn.ModuleList) -> None:
         self.model = model
@@ -106,37 +107,42 @@ class Asides:
             self._forward(input_ids=ids)
         return caught[0]
 
-    @torch.no_grad()
-    def learn(self, index: int, like: Tensor) -> None:
-        """Find out what blocks return, from block `index`, which must have been entered.
+    def require_plain(self, like: Tensor) -> None:
+        """InputError for a model that makes something of each token for its blocks beside hidden states.
 
-        like  has the dtype and the device of hidden states.
-        InputError for a model that makes something of each token for its blocks beside hidden states.
+        like  has the dtype and the device of hidden states. What block 0 is handed is kept for `learn`.
         """
         caught: list[Tensor] = []
 
         def catch(hidden: Tensor) -> Tensor:
-            caught.append(hidden)
+            caught.append(hidden.detach())
             raise _Stop
 
-        entered, self._places[0] = self._places[0], self._asides[0]
         self._asides[0].__dict__["recording"] = True
         try:
             with self._handing_over(0, catch), torch.enable_grad():
                 leaf = self._embedded(like.expand(1, _FEW)).requires_grad_()
                 self._forward(inputs_embeds=leaf + 0)  # what a model may write into
             args, kwargs = self._asides[0].__dict__["asked"]
+        except (ValueError, RuntimeError) as error:  # a model that looks the embedding's tokens up, for instance
+            if isinstance(error, MarlinGPTQError):
+                raise
+            raise _unknown(self.model, "are not reached from embeddings alone") from error
         finally:
-            self._places[0] = entered
             self._asides[0].__dict__.update(recording=False, asked=None)
         if any(tensor.requires_grad for tensor in _tensors((args, kwargs))):
             raise _unknown(self.model, "get more of each token than its hidden state")
-        hidden = caught[0].detach()
+        self._call = (caught[0], *args), kwargs
+
+    @torch.no_grad()
+    def learn(self, index: int) -> None:
+        """Find out what blocks return, from block `index`, which must have been entered."""
+        args, kwargs = self._call
         try:
-            self.returned = self.blocks[index](hidden, *args, **kwargs)
+            self.returned = self.blocks[index](*args, **kwargs)
         except (ImportError, NotImplementedError, AssertionError) as error:
             said = " ".join(str(error).split())
-            raise InputError(f"{type(self.model).__name__}: does not run on {hidden.device}: {said}") from error
+            raise InputError(f"{type(self.model).__name__}: does not run on {args[0].device}: {said}") from error
 
     @contextmanager
     def leaving(self, hidden: Tensor) -> Iterator[Tensor]:

@@ -79,6 +79,8 @@ class BlockStream:
         self.weights = StreamedWeights(self.model, self.prefix, self._blocks, self.store, names, self.settings, device)
         self.weights.require_complete()
         self._move_buffers()
+        self._asides.require_plain(torch.empty((), dtype=self.dtype, device=self.device))
+        self.release()
 
     @property
     def n_blocks(self) -> int:
@@ -95,6 +97,7 @@ class BlockStream:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids int64 [B, T] → the input of block 0 [B, T, hidden_size]; outside `block(0)`."""
+        self.weights.load_outer(self.model.get_input_embeddings())
         return self._asides.embed(ids.to(self.device))
 
     @contextmanager
@@ -109,7 +112,7 @@ class BlockStream:
         self._asides.enter(index)
         try:
             if self._asides.returned is None:
-                self._asides.learn(index, torch.empty((), dtype=self.dtype, device=self.device))
+                self._asides.learn(index)
             yield block
         finally:
             self._asides.leave(index)
@@ -217,6 +220,7 @@ class BlockStream:
                 f"{self.model_dir}: holds a {type(self.model).__name__}, which gives no logits of the next token; what "
                 "is measured or tuned by them needs a model with a language model's head (…ForCausalLM)"
             )
+        self.weights.load_outer(self.model.get_output_embeddings())
         with self._leaving(hidden) as embedded:
             return self.model(inputs_embeds=embedded, use_cache=False).logits
 

@@ -1,4 +1,4 @@
-"""One token after another: a batch decoded with transformers' caches, each step one CUDA graph where there is a GPU.
+"""One token after another: a batch decoded with a cache, each step one CUDA graph where there is a GPU.
 
 A decode step of a quantized model is hundreds of kernels of a few microseconds each; launched one by one from Python
 they wait for the host. With a cache of fixed size every step is the same work on the same addresses, so it is
@@ -14,6 +14,7 @@ half and so on, and the shortest record that holds what is filled is replayed:
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,11 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from marlin_gptq.modeling.attention import ANY_LENGTH, grouped_queries, sdpa_configs
+from marlin_gptq.modeling.experts import Experts
 
 WARM_UP_STEPS = 3
+# What models call the cache that they take and return.
+_CACHES = ("past_key_values", "cache_params")
 # Tokens that a cache holds at least, of all sequences together, for more than one record; parts of it, and what they
 # are multiples of.
 _MUCH, _PARTS, _PART_OF = 1 << 16, 4, 64
@@ -42,8 +46,8 @@ class Decoder:
                then takes a minute.
     fixed      a cache of fixed size, as the two need it; True without them: what is recorded, step by step.
 
-    Otherwise the cache is the growing one that `generate` uses. Not every model can run on one of fixed size
-    (`why_not`).
+    Otherwise the cache is the one that the model makes for itself: keys and values that grow, and what else it keeps of
+    the text (states of linear attention, convolutions). Not every model can run on one of fixed size (`why_not`).
 
     `prefill` starts a batch, `step` appends one token to every sequence. `tokens` int64 [B] is what the next step
     takes: the most likely ones, unless something else is written into it. ValueError for a mode that `why_not` refuses.
@@ -67,8 +71,11 @@ class Decoder:
         self._fixed = graphs or compiled or fixed
         if reason := why_not(model, length, graphs=graphs, compiled=compiled, fixed=fixed):
             raise ValueError(reason)
-        self._cache = self._new_cache()
-        self._configs = sdpa_configs(model)
+        self._cache: Any = _fixed_cache(model.config, length, self.device) if self._fixed else None
+        self._kept: dict[str, Any] = {}  # the model's own cache, by the name it has for it
+        self._takes = inspect.signature(model.forward).parameters
+        # Of models that look another attention up than their own.
+        self._configs = sdpa_configs(model) if getattr(model, "_supports_attention_backend", False) else []
         self._logits: Tensor | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._compiled = torch.compile(self._next, fullgraph=True, dynamic=False) if compiled else None
@@ -82,14 +89,16 @@ class Decoder:
         """Forget everything, read the prompts int64 [B, T] → logits [B, V] of the token after them."""
         if ids.shape[0] != self.batch or not 0 < ids.shape[1] <= self.length:
             raise ValueError(f"ids: got {list(ids.shape)}, expected [{self.batch}, T] with T from 1 to {self.length}")
-        if self._fixed:
-            self._cache.reset()
-            self._show(ids.shape[1])
-        else:
-            self._cache = self._new_cache()
+        only_last = {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
         self.filled = ids.shape[1]
         with self._attention():
-            output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            if self._fixed:
+                self._cache.reset()
+                self._show(self.filled)
+                output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **only_last)
+            else:
+                self._kept = {}
+                output = self._go_on(ids, **only_last)
         logits = output.logits[:, -1]
         self.tokens.copy_(logits.argmax(-1))
         return logits
@@ -113,12 +122,21 @@ class Decoder:
         assert self._logits is not None
         return self._logits
 
-    def _new_cache(self) -> Any:
+    def _go_on(self, ids: Tensor, **options: Any) -> Any:
+        """The model's output for the last `ids` of the `filled` tokens, with the cache that it makes for itself."""
+        positions = torch.arange(self.filled - ids.shape[1], self.filled, device=self.device)
+        if "cache_position" in self._takes:
+            options["cache_position"] = positions
+        if "position_ids" in self._takes:  # some models count what their first layer keeps, which may be nothing
+            options["position_ids"] = positions.expand(len(ids), -1)
+        output = self.model(input_ids=ids, use_cache=True, **self._kept, **options)
+        self._kept = {name: output[name] for name in _CACHES if output.get(name) is not None} or self._kept
+        if self._kept:
+            return output
         from transformers import DynamicCache
 
-        if not self._fixed:
-            return DynamicCache(config=self.model.config)
-        return _fixed_cache(self.model.config, self.length, self.device)
+        self._kept = {_CACHES[0]: DynamicCache(config=self.model.config)}  # one that it writes into and does not return
+        return self._go_on(ids, **options)
 
     def _can_hide(self) -> bool:
         from marlin_gptq.modeling.fixed_cache import can_hide
@@ -138,6 +156,8 @@ class Decoder:
             yield
 
     def _next(self, tokens: Tensor, cache: Any) -> Tensor:
+        if not self._fixed:
+            return self._go_on(tokens[:, None]).logits[:, -1]
         return self.model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
 
     def _advance(self) -> None:
@@ -189,10 +209,17 @@ def why_not(model: Any, length: int, *, graphs: bool, compiled: bool, fixed: boo
         return f"CUDA graphs need a GPU, the model is on {device.type}"
     if fixed and (kinds := _rope_types(model.config) & {"dynamic", "longrope"}):
         return f"the model's rotary embedding (rope_type {min(kinds)}) asks the host for the length at every step"
-    if fixed and any(_fixed_cache(model.config, length, device).is_sliding):
+    if fixed and not getattr(model, "_can_compile_fullgraph", True):
+        return f"{type(model).__name__} does not run on a cache of fixed size"
+    if (graphs or compiled) and any(isinstance(module, Experts) for module in model.modules()):
+        return "the host is asked at every step which experts the tokens go to"
+    cache = _fixed_cache(model.config, length, device) if fixed else None
+    if cache is not None and any(cache.is_sliding):
         return (
             f"the model's attention window is shorter than {length} tokens: its cache slides, a recorded step does not"
         )
+    if cache is not None and not _keys_alone(cache):
+        return "the model keeps more of the text than keys and values, which a recorded step does not"
     return ""
 
 
@@ -200,6 +227,12 @@ def _fixed_cache(config: Any, length: int, device: torch.device) -> Any:
     from marlin_gptq.modeling.fixed_cache import fixed_cache  # imports much of transformers
 
     return fixed_cache(config, length, device)
+
+
+def _keys_alone(cache: Any) -> bool:
+    from marlin_gptq.modeling.fixed_cache import keys_alone
+
+    return keys_alone(cache)
 
 
 def _rope_types(config: Any) -> set[str]:

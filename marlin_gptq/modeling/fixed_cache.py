@@ -58,6 +58,11 @@ def fixed_cache(config: Any, length: int, device: torch.device) -> StaticCache:
     return cache
 
 
+def keys_alone(cache: StaticCache) -> bool:
+    """Whether all layers hold keys and values and nothing else, such as states of linear attention."""
+    return all(isinstance(layer, FixedLayer) or type(layer) is StaticLayer for layer in cache.layers)
+
+
 def can_hide(cache: StaticCache) -> bool:
     """Whether `show` does anything."""
     return all(type(layer) is FixedLayer for layer in cache.layers)

@@ -58,6 +58,10 @@ class StreamedWeights:
     def load_block(self, index: int) -> None:
         self._load(self.blocks[index].named_modules(prefix=self.block_name(index)))
 
+    def load_outer(self, module: nn.Module) -> None:
+        """Of one module outside the blocks, ahead of its call: a model may ask before on which device its weight is."""
+        self._load(pair for pair in self._outer if pair[1] is module)
+
     def release_outer(self) -> None:
         """Let go what modules outside the blocks read; they read it again when they are called."""
         for _, module in self._outer:

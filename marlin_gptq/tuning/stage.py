@@ -24,7 +24,7 @@ from marlin_gptq.checkpoint_writer import CheckpointWriter
 from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.costs import Costs
 from marlin_gptq.device_memory import free_bytes, give_back
-from marlin_gptq.modeling.architecture import read_config, require_finite
+from marlin_gptq.modeling.architecture import context_length, read_config, require_finite
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.classes import text_config
 from marlin_gptq.output_directory import write_companions
@@ -74,7 +74,7 @@ def tune_checkpoint(
     """
     started = time.perf_counter()
     costs = Costs(device)
-    length = window_length(samples, getattr(text_config(read_config(model_dir)), "max_position_embeddings", None))
+    length = window_length(samples, context_length(text_config(read_config(model_dir))))
     text = windows(samples, length)
     judged = max(1, len(text) // _JUDGED)  # the first of them: nothing is learnt from these, unless there are no others
     tell = _Teller(progress, first)
