@@ -15,7 +15,7 @@ from marlin_gptq.cli import failures, options, processes, quantize_options, seve
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.quantize_summary import summary
 from marlin_gptq.cli.resume import go_on, keeping, options_of, resumed
-from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.config import DEFAULT_PRESET, QuantizationConfig
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
 from marlin_gptq.model_directory import read_json, resolve_model
@@ -109,6 +109,7 @@ def _quantize(
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
     settings = team.from_leader(work.arguments["settings"] if work is not None else None)
+    recipe_chosen &= preset != DEFAULT_PRESET  # the default, named or not, is fitted to the run
     recipe_chosen |= settings is not None or any(name.startswith("tune_") for name in techniques.changes(chosen))
     if settings is None:
         changes = techniques.changes(chosen) | ({} if damp is None else {"damp_percent": damp})
@@ -141,7 +142,9 @@ def _quantize(
         model_dir = resolve_model(model, revision=revision, offline=offline, config_only=True)
         found = dry.estimate(
             model_dir,
-            config if recipe_chosen else _within_reach(display, model_dir, config, options.torch_device(device), way),
+            config
+            if recipe_chosen
+            else _within_reach(display, model_dir, config, options.torch_device(device), way | {"free": limit}),
             dtype=dtype,
             device=options.torch_device(device),
             n_samples=n_samples if method == "gptq" else 0,
@@ -170,7 +173,7 @@ def _quantize(
     if output.exists() and output.samefile(model_dir):
         raise InputError(f"{output}: is the model itself; give another --output")
     if not recipe_chosen:
-        config = _within_reach(display, model_dir, config, where, way)
+        config = _within_reach(display, model_dir, config, where, way | {"free": limit})
     require_quantizable(model_dir, output, config, target, device=where, **way)
     for warning in require_exportable(model_dir, config, to, result_dtype(model_dir, target)):
         display.say(f"warning: {warning}")
@@ -278,7 +281,7 @@ def _within_reach(
 
     found, left_out = within_reach(model_dir, config, device, **way)
     if left_out:
-        display.say(f"note: {left_out} (naming a --preset decides it)")
+        display.say(f"note: {left_out}")
     return found
 
 

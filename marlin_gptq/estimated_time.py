@@ -50,13 +50,19 @@ def seconds(
             for x in block.quantized:  # of a sweep one, and four with the refinement; one before the first
                 products += (SWEEPS + 1) * x.out_features**2 * x.in_features
                 products += (4 * SWEEPS + 1) * x.out_features * x.in_features**2
-        if job.tuned is not None:  # a forward for the target, one to learn, and twice as much backward
-            weights = sum(linear.out_features * linear.in_features for linear in block.linears)
-            products += 4 * job.tuned.steps * job.tuned.step_tokens * weights
+    products += tuning_products(outline, job)
     counted = products / products_per_second + tried / clip_values_per_second
     if job.beams > 1:
         counted += _search_seconds(outline, job, products_per_second, clip_values_per_second)
     return OTHER_WORK * counted if job.tokens else 0.0
+
+
+def tuning_products(outline: Outline, job: Job) -> float:
+    """Multiplications of the tuning of blocks: all tokens in full precision, and in each step forward and backward."""
+    if job.tuned is None:
+        return 0.0
+    weights = sum(linear.out_features * linear.in_features for block in outline.blocks for linear in block.linears)
+    return weights * (job.tokens + 3.0 * job.tuned.steps * job.tuned.step_tokens)
 
 
 def _search_seconds(outline: Outline, job: Job, products_per_second: float, clip_values_per_second: float) -> float:

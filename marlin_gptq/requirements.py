@@ -14,6 +14,7 @@ from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.disk import require_space
 from marlin_gptq.errors import InputError, QuantizationError
+from marlin_gptq.estimated_time import tuning_products
 from marlin_gptq.job import Job, Plan
 from marlin_gptq.memory_plan import tuning_within
 from marlin_gptq.modeling.architecture import (
@@ -32,6 +33,9 @@ from marlin_gptq.overrides import require_matches
 from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.tuning.memory import Sizes, plan
 from marlin_gptq.tuning.text import WINDOW
+
+# Multiplications a second that a core of a CPU does in the tuning of blocks, about, and how long it may take there.
+CPU_PRODUCTS, MOST_CPU_MINUTES = 1.5e10, 10
 
 
 def require_quantizable(
@@ -84,7 +88,7 @@ def require_combination(
             "two_sided: got true for a model with experts, whose gradients most experts see of too few tokens; use "
             "--no-two-sided (or --preset marlin)"
         )
-    _require_tunable_blocks(config, processes=processes, limited=limited, experts=experts)
+    _require_tunable_blocks(config, experts=experts)
     if not config.tunes:
         return
     asked = f"tune_steps: got {config.tune_steps}"
@@ -110,7 +114,7 @@ def require_combination(
         )
 
 
-def _require_tunable_blocks(config: QuantizationConfig, *, processes: int, limited: bool, experts: bool) -> None:
+def _require_tunable_blocks(config: QuantizationConfig, *, experts: bool) -> None:
     """The same for the tuning of each block by itself."""
     if not config.tune_block_steps:
         return
@@ -119,16 +123,6 @@ def _require_tunable_blocks(config: QuantizationConfig, *, processes: int, limit
         raise InputError(
             f"{asked} with method {config.method}, which runs no calibration text through the blocks; use "
             "--tune-block-steps 0, or --method gptq"
-        )
-    if processes > 1:
-        raise InputError(
-            f"{asked} in {processes} processes, but the tuning of blocks runs in one; use --tune-block-steps 0, or "
-            "start a single process"
-        )
-    if limited:
-        raise InputError(
-            f"{asked} together with --max-gpu-memory, whose plans leave no room for the tuning of blocks; use "
-            "--tune-block-steps 0, or leave --max-gpu-memory out"
         )
     if experts:
         raise InputError(
@@ -144,16 +138,21 @@ def within_reach(
     kept: bool = False,
     processes: int = 1,
     limited: bool = False,
+    free: int | None = None,
 ) -> tuple[QuantizationConfig, str]:
     """`config` less what this run cannot have of its tuning, and a sentence about what that is ("" for nothing).
 
-    For recipes that nobody chose; one that somebody did is refused instead (`require_quantizable`). Reads config.json
-    alone. kept, processes, limited: see `require_combination`.
+    For recipes that nobody chose, and the default one; others are refused instead (`require_quantizable`). Reads
+    config.json alone. kept, processes, limited: see `require_combination`; free: bytes of the GPU that it may take.
     """
+    experts = any(linear.expert for block in outline(model_dir, config).blocks for linear in block.linears)
+    reason = _why_no_tuned_blocks(model_dir, config, device, experts, free) if config.tunes_blocks else ""
+    if reason:
+        without = replace(config, tune_block_steps=0)
+        return without, f"preset {config.preset} runs without its block tuning: {reason}"
     if not config.tunes:
         return config, ""
     without = replace(config, tune_steps=0)
-    experts = any(linear.expert for block in outline(model_dir, config).blocks for linear in block.linears)
     for reason in (
         "without a GPU it takes days" if device.type != "cuda" else "",
         "it does not go with a work directory" if kept else "",
@@ -176,6 +175,30 @@ def within_reach(
     return config, ""
 
 
+def _why_no_tuned_blocks(
+    model_dir: Path, config: QuantizationConfig, device: torch.device, experts: bool, free: int | None
+) -> str:
+    """What speaks against the tuning of each block by itself, "" for nothing."""
+    if experts:
+        return "it does not know experts"
+    if device.type == "cuda":
+        try:
+            require_block_memory(model_dir, config, device, free)
+        except QuantizationError as error:
+            return str(error).split(";")[0]
+        return ""
+    length = _window(model_dir)
+    job = Job.of(config, config.tune_batch * length, length, 4, 0)
+    minutes = tuning_products(outline(model_dir, config), job) / (CPU_PRODUCTS * torch.get_num_threads()) / 60
+    if minutes <= MOST_CPU_MINUTES:
+        return ""
+    return f"on this CPU it would take about {minutes / 60:.1f} hours (--tune-block-steps decides it)"
+
+
+def _window(model_dir: Path) -> int:
+    return min(WINDOW, getattr(read_config(model_dir), "max_position_embeddings", None) or WINDOW)
+
+
 def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.device) -> None:
     """QuantizationError, before any work, if the tuning that `config` asks for does not fit the GPU."""
     if device.type != "cuda":
@@ -189,10 +212,14 @@ def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.de
     )
 
 
-def require_block_memory(model_dir: Path, config: QuantizationConfig, device: torch.device) -> None:
+def require_block_memory(
+    model_dir: Path, config: QuantizationConfig, device: torch.device, free: int | None = None
+) -> None:
     """The same for the tuning of each block by itself, whatever the text: more is known when its samples are there."""
     if device.type == "cuda":
-        tuning_within(outline(model_dir, config), Job.of(config, 1, 1, 2, 0), Plan("host"), free_bytes(device))
+        length = _window(model_dir) if config.pack else 1
+        free = free_bytes(device) if free is None else free
+        tuning_within(outline(model_dir, config), Job.of(config, length, length, 2, 0), Plan("host"), free)
 
 
 def tuned_sizes(model_dir: Path, config: QuantizationConfig) -> Sizes:

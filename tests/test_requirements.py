@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import EXPERT_MODELS, save_tiny_model
+from helpers import EXPERT_MODELS, SEVEN_B, config_only, save_tiny_model
 
 from marlin_gptq import QuantizationConfig, requirements
 from marlin_gptq.cli import quantize
@@ -17,6 +18,7 @@ from marlin_gptq.tuning.text import WINDOW
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BEST = QuantizationConfig.from_preset("best")
+FAST = QuantizationConfig.from_preset("fast")
 PASS = QuantizationConfig.from_preset("best", tune_steps=0)
 
 
@@ -80,7 +82,7 @@ def test_recipes_without_tuning_stay_as_they_are(model: Path) -> None:
 def test_the_command_decides_only_what_nobody_chose(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A recipe that was named is refused instead (test_cli_quantize.py)."""
+    """And the default, by name too; other recipes that were named are refused instead (test_cli_quantize.py)."""
     asked: list[QuantizationConfig] = []
 
     def refuse(_model: Path, _output: Path, config: QuantizationConfig, *_: object, **__: object) -> None:
@@ -88,9 +90,34 @@ def test_the_command_decides_only_what_nobody_chose(
         raise requirements.InputError("far enough")
 
     monkeypatch.setattr(requirements, "require_quantizable", refuse)
+    monkeypatch.setattr(requirements, "MOST_CPU_MINUTES", 0)
     command = [str(model), "-o", str(tmp_path / "out"), "--device", "cpu"]
-    for extra in ([], ["--preset", "best"], ["--tune-rate", "1e-3"]):
+    for extra in ([], ["--preset", "fast"], ["--preset", "best"], ["--tune-block-steps", "7"]):
         result = CliRunner().invoke(quantize.main, command + extra)
         assert result.exit_code == 2 and "far enough" in result.stderr
-        assert ("note: preset best runs without its end-to-end tuning" in result.stderr) is (extra == [])
-    assert asked == [PASS, BEST, QuantizationConfig.from_preset("best", tune_rate=1e-3)]
+        told = "note: preset fast runs without its block tuning: on this CPU it would take" in result.stderr
+        assert told is (extra in ([], ["--preset", "fast"]))
+    without = replace(FAST, tune_block_steps=0)
+    assert asked == [without, without, BEST, replace(FAST, tune_block_steps=7)]
+
+
+def test_blocks_are_tuned_where_they_can_be(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that holds one block and one window of text, and on a CPU if the model is small."""
+    without = replace(FAST, tune_block_steps=0)
+    for way in ({"kept": True}, {"processes": 2}, {"limited": True, "free": 10**9}):
+        assert within_reach(model, FAST, CPU, **way) == (FAST, "")  # type: ignore[arg-type]
+        assert within_reach(model, FAST, GPU, **({"free": 10**9} | way)) == (FAST, "")  # type: ignore[arg-type]
+    found, reason = within_reach(model, FAST, GPU, free=10**5)
+    assert found == without
+    assert reason.startswith("preset fast runs without its block tuning: tuning block by block needs about")
+    with_free(monkeypatch, 10**5)
+    assert within_reach(model, FAST, GPU)[0] == without and within_reach(model, without, GPU) == (without, "")
+    seven = config_only(tmp_path / "7b", **SEVEN_B)
+    least = 4 * 10**9  # of which 16 bytes for each of 200 million weights
+    assert within_reach(seven, FAST, GPU, free=least)[0] == without
+    assert within_reach(seven, FAST, GPU, free=2 * least) == (FAST, "")
+    found, reason = within_reach(seven, FAST, CPU)
+    assert found == without and "on this CPU it would take about" in reason
+    experts = save_tiny_model(tmp_path / "experts", "mixtral", **EXPERT_MODELS["mixtral"])
+    found, reason = within_reach(experts, FAST, GPU)
+    assert found == without and reason == "preset fast runs without its block tuning: it does not know experts"

@@ -47,7 +47,7 @@ def seven_job(**changes: Any) -> Job:
 
 def test_what_is_given_up_for_memory_in_its_order(seven: Outline) -> None:
     job = seven_job()
-    steps = [Plan(), Plan("host"), *(Plan("host", tuned_tokens=tokens) for tokens in (2048, 1024))]
+    steps = [Plan(), Plan("host"), *(Plan("host", tuned_tokens=tokens) for tokens in (4096, 2048, 1024))]
     for plan, less in pairwise(steps):
         assert tuning_memory(seven, job, less) < tuning_memory(seven, job, plan)
     for plan in steps:
@@ -78,7 +78,7 @@ def test_too_little_memory_is_one_sentence(seven: Outline) -> None:
     with pytest.raises(QuantizationError, match=r"are free; use a GPU with as much free memory as it was begun with$"):
         tuning_within(seven, job, Plan(), tuning_needs(seven, job, Plan("host", tuned_tokens=1024)), begun=TUNED_TOKENS)
     fewer = Plan("host", tuned_tokens=1024)
-    assert tuning_within(seven, job, Plan(), tuning_needs(seven, job, Plan("host")), begun=1024) == fewer
+    assert tuning_within(seven, job, Plan(), tuning_needs(seven, job, fewer), begun=1024) == fewer
 
 
 @pytest.fixture
