@@ -173,7 +173,7 @@ def _quantize(
     if output.exists() and output.samefile(model_dir):
         raise InputError(f"{output}: is the model itself; give another --output")
     if not recipe_chosen:
-        config = _within_reach(display, model_dir, config, where, way | {"free": limit})
+        config = team.from_leader(_within_reach(display, model_dir, config, where, way | {"free": limit}))
     require_quantizable(model_dir, output, config, target, device=where, **way)
     for warning in require_exportable(model_dir, config, to, result_dtype(model_dir, target)):
         display.say(f"warning: {warning}")

@@ -45,9 +45,12 @@ def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None
         f"the {least.phase} phase of block {least.block}" if least.phase not in ("embed", "head") else "the embedding"
     )
     ways = ["a smaller --seq-len"] if least.phase == "forward" else []
+    needed, tuning = least.device, tuning_needs(outline, job, plans[-1])
+    if tuning > needed:
+        where, needed, ways = "the tuning of a block", tuning, ["--tune-block-steps 0"]
     ways += ["--spill host"] if spill == "none" else []
     raise InputError(
-        f"--max-gpu-memory: got {limit / 1e9:.2f} GB, but {where} needs {least.device / 1e9:.2f} GB at least; give as "
+        f"--max-gpu-memory: got {limit / 1e9:.2f} GB, but {where} needs {needed / 1e9:.2f} GB at least; give as "
         f"much{''.join(f', or {way}' for way in ways)}"
     )
 

@@ -35,7 +35,7 @@ from marlin_gptq.tuning.memory import Sizes, plan
 from marlin_gptq.tuning.text import WINDOW
 
 # Multiplications a second that a core of a CPU does in the tuning of blocks, about, and how long it may take there.
-CPU_PRODUCTS, MOST_CPU_MINUTES = 1.5e10, 10
+CPU_PRODUCTS, MOST_CPU_MINUTES = 1.5e10, 5
 
 
 def require_quantizable(
@@ -145,6 +145,8 @@ def within_reach(
     For recipes that nobody chose, and the default one; others are refused instead (`require_quantizable`). Reads
     config.json alone. kept, processes, limited: see `require_combination`; free: bytes of the GPU that it may take.
     """
+    if not (config.tunes or config.tunes_blocks):
+        return config, ""
     experts = any(linear.expert for block in outline(model_dir, config).blocks for linear in block.linears)
     reason = _why_no_tuned_blocks(model_dir, config, device, experts, free) if config.tunes_blocks else ""
     if reason:
