@@ -336,10 +336,13 @@ def test_progress_tells_a_tuned_block_once(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.gpu
-def test_a_whole_run_on_a_gpu(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_whole_run_on_a_gpu(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, pack: bool) -> None:
     """Better blocks, the same bits twice, and a model that runs on the kernel."""
     gpu = torch.device("cuda")
-    config = QuantizationConfig.from_preset("best", group_size=64, tune_steps=0, tune_block_steps=40, tune_batch=4)
+    config = QuantizationConfig.from_preset(
+        "fast", group_size=64, damp_percent=1.0, tune_block_steps=40, tune_batch=4, pack=pack
+    )
     with caplog.at_level(logging.WARNING):
         report = quantize_model(source, tmp_path / "one", config, SAMPLES, device=gpu)
     quantize_model(source, tmp_path / "two", config, SAMPLES, device=gpu)
