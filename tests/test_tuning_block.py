@@ -3,9 +3,11 @@ learn from."""
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -273,6 +275,29 @@ def test_a_block_in_16_bits_learns_in_bfloat16(source: Path, dtype: torch.dtype)
     assert set(found.norms) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
 
 
+def test_nothing_of_a_tuning_is_left_behind(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cycle keeps what moved and its moments, 12 bytes a weight, until somebody collects garbage."""
+    stream, made = BlockStream(source, device=CPU), []
+    inputs, adam = block_inputs(stream), torch.optim.Adam
+
+    def noted(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Adam:
+        made.extend(weakref.ref(moving) for group in groups for moving in group["params"])
+        optimizer = adam(groups, **settings)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    monkeypatch.setattr(torch.optim, "Adam", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        with stream.block(0) as block:
+            wanted = outputs(stream, 0, inputs)
+            tune_block(stream, 0, *rounded(block), inputs, wanted, replace(TUNED, tune_block_steps=2), torch.float16)
+        assert len(made) == 17 and not any(one() is not None for one in made)
+    finally:
+        gc.enable()
+
+
 def test_gradients_of_a_pack_are_those_of_its_samples(source: Path) -> None:
     stream = BlockStream(source, device=CPU)
     name, lengths = "mlp.down_proj.weight", (5, 9, 3)
@@ -325,6 +350,15 @@ def test_the_command_refuses_before_any_work(tmp_path: Path, dry: bool) -> None:
     rounding = CliRunner().invoke(main, [*command, "--method", "rtn", *(["--dry-run"] * dry)])
     assert rounding.exit_code == 2 and "tune_block_steps: got 7 with method rtn" in rounding.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize("named", [["--preset", "fast"], []])
+def test_fast_leaves_out_what_a_model_cannot_have(tmp_path: Path, named: list[str]) -> None:
+    model = save_tiny_model(tmp_path / "model", "mixtral", **EXPERT_MODELS["mixtral"])
+    result = CliRunner().invoke(main, [str(model), "--dry-run", "--json", "--device", "cpu", *named])
+    assert result.exit_code == 0, result.stderr
+    assert "note: preset fast runs without its block tuning: it does not know experts" in result.stderr
+    assert json.loads(result.stdout)["tuned_blocks_least_gpu_bytes"] is None
 
 
 def test_progress_tells_a_tuned_block_once(capsys: pytest.CaptureFixture[str]) -> None:
