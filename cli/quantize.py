@@ -16,7 +16,7 @@ from marlin_gptq.cli import failures, options, processes, quantize_options, seve
 from marlin_gptq.cli.progress import Display
 from marlin_gptq.cli.quantize_summary import summary
 from marlin_gptq.cli.resume import go_on, keeping, options_of, resumed
-from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.config import DEFAULT_PRESET, QuantizationConfig
 from marlin_gptq.destination import require_destination, require_work_directory
 from marlin_gptq.distributed import Team
 from marlin_gptq.errors import InputError
@@ -117,6 +117,7 @@ def _quantize(
     if wbits != 4:
         raise InputError(f"--wbits: got {wbits}, the Marlin format holds 4-bit codes only; use --wbits 4")
     settings = team.from_leader(work.arguments["settings"] if work is not None else None)
+    recipe_chosen &= preset != DEFAULT_PRESET  # the default, named or not, is fitted to the run
     recipe_chosen |= settings is not None or any(name.startswith("tune_") for name in techniques.changes(chosen))
     steps_chosen = settings is not None or chosen["tune_steps"] is not None
     if settings is None:
@@ -169,7 +170,8 @@ def _quantize(
         if machine.note:
             display.say(f"note: {machine.note}")
         if not recipe_chosen:
-            config = _within_reach(display, model_dir, config, machine, way | {"free": machine.memory})
+            memory = min((size for size in (machine.memory, limit) if size is not None), default=None)
+            config = _within_reach(display, model_dir, config, machine, memory)
         elif not steps_chosen and config.tunes and machine.type == "cpu":
             display.say(f"note: without a GPU --preset {config.preset} is refused, but for --tune-steps 0")
         found = dry.estimate(
@@ -200,7 +202,7 @@ def _quantize(
     where = processes.own_device(options.torch_device(device))
     target = options.torch_dtype("float16" if half else dtype)
     if not recipe_chosen:
-        config = _within_reach(display, model_dir, config, where, way)
+        config = team.from_leader(_within_reach(display, model_dir, config, where, limit))
     if not steps_chosen:
         require_gpu_for_tuning(config, where)
     for note in require_quantizable(model_dir, output, config, target, device=where, **way):
@@ -303,13 +305,13 @@ def _read_samples(
 
 
 def _within_reach(
-    display: Display, model_dir: Path, config: QuantizationConfig, device: Any, way: dict[str, Any]
+    display: Display, model_dir: Path, config: QuantizationConfig, device: Any, memory: int | None
 ) -> QuantizationConfig:
     from marlin_gptq.requirements import within_reach
 
-    found, left_out = within_reach(model_dir, config, device, **way)
+    found, left_out = within_reach(model_dir, config, device, memory)
     if left_out:
-        display.say(f"note: {left_out} (naming a --preset decides it)")
+        display.say(f"note: {left_out}")
     return found
 
 

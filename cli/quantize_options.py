@@ -75,8 +75,8 @@ _WHAT: tuple[Callable[..., Any], ...] = (
         type=Choice(list(PRESETS)),
         default=DEFAULT_PRESET,
         show_default=True,
-        help="Recipe: best tunes the whole model and needs it in the device's memory, fast takes one pass with the "
-        "loss's gradients, marlin is that of the original Marlin repository. The options below change single steps.",
+        help="Recipe: fast tunes each block for itself, best the whole model, which the device's memory must hold, "
+        "marlin is that of the original Marlin repository. The options below change single steps.",
     ),
 )
 _HOW: tuple[Callable[..., Any], ...] = (

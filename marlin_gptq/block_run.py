@@ -170,7 +170,8 @@ class BlockRun(RunState):
         step = self.team.from_leader(None if self.work is None else self.work.get(step_name(index), digest))
         if step is None:
             return None
-        self.advance_full(index, None if self.full is None else Packed(self.full, packs))
+        if self.full is not None and index + 1 < self.stream.n_blocks:
+            self.advance_full(index, Packed(self.full, packs))
         sizes = {name: self.config.group_size_of(name) for name in linears}
         install_block(block, self.stream.block_name(index), linears, step.tensors, sizes)
         for record in step.record["linears"]:

@@ -54,7 +54,8 @@ class BlockSolver:
     originals  weights from before, by full name, where they are needed once more.
     parts      codes and scales of what is solved.
     arriving   the samples as they pass: in stages, or from the block's start every time; `advance` takes them on.
-    exact      with correct_target those after full-precision blocks, in the same way; None once they are through.
+    exact      those after full-precision blocks, if the run has them; with correct_target they pass in the same way.
+               None once they are through.
     outputs    with two_sided M of each linear.
     """
 
@@ -109,6 +110,8 @@ class BlockSolver:
             for stage in in_order if config.true_sequential else together:
                 self._solve_stage(stage)
             self.outputs.clear()
+        if config.tunes_blocks:
+            self.arriving = self.samples  # what else was kept is of the block as it is now, and takes memory
         with full_precision({name: self.linears[name] for name in self.originals}, self.originals):
             run.advance_full(self.index, self.exact)
 
@@ -135,7 +138,7 @@ class BlockSolver:
             self.run.tell_unstaged(self.index)
             return
         self.arriving = found.of(self.run.stream, self.index, self.samples)
-        if isinstance(self.exact, Packed):
+        if self.run.config.correct_target and isinstance(self.exact, Packed):
             self.exact = found.of(self.run.stream, self.index, self.exact)
 
     def _solve_stage(self, stage: Groups) -> None:
@@ -161,14 +164,14 @@ class BlockSolver:
         """last: no other pass of the full-precision stream through this block is to come."""
         run = self.run
         weighing = run.config.token_cap, run.config.equal_samples
-        if self.exact is None:
+        if self.exact is None or not run.config.correct_target:
             with run.costs.measure("hessians"):
                 found = collect_hessians(
                     run.stream, self.index, groups, self.linears, self.arriving, run.team.add_up, *weighing
                 )  # fmt: skip
             self._warn_of_starved(found)
             return found
-        finish = last and isinstance(self.exact, Packed) and self.index + 1 < run.stream.n_blocks
+        finish = last and isinstance(self.exact, Packed) and run.full_goes_on(self.index)
         with run.costs.measure("hessians and corrections"):
             found, self.crosses = collect_with_cross(
                 run.stream, self.index, groups, self.linears, self.originals, self.arriving, self.exact,
@@ -221,11 +224,15 @@ class BlockSolver:
     def _tune(self) -> None:
         """Tune the block by itself; if that helped, `parts`, the block's weights and its records are the tuned ones."""
         run, steps = self.run, self.run.config.tune_block_steps
-        with run.costs.measure("tune blocks"), full_precision(self.linears, self.originals):
+        assert run.full is not None
+        with run.costs.measure("tune blocks"):
             tuned = tune_block(
-                run.stream, self.index, self.originals, self.parts, self.samples.activations, run.config, run.target,
-                lambda step: run.report("tune block", self.index, None, None, f"tuning, step {step} of {steps}"),
-                run.plan.tuned_tokens,
+                run.stream, self.index, self.originals, self.parts, self.samples.activations, run.full, run.config,
+                run.target,
+                progress=lambda step: run.report(
+                    "tune block", self.index, None, None, f"tuning, step {step} of {steps}"
+                ),
+                together=run.plan.tuned_tokens, team=run.team,
             )  # fmt: skip
         run.tuned.append(tuned.record)
         run.report("tune block", self.index, None, tuned.record.error_after, summary(tuned.record))

@@ -63,19 +63,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "damp_percent": 0.01,
         "signed_scales": True,
         "act_order": "groups",
-        "refine_sweeps": 1,
+        "refine_sweeps": 2,
         "pack": True,
-        "correct_target": 0.5,
-        "two_sided": True,
-        # Where tuning is asked for (--tune-steps):
+        "tune_block_steps": 100,
         "tune_codes": True,
-        "tune_batch": 8,
-        "tune_rate": 1e-3,
     },
     "marlin": {},
 }
 # What `marlin-quantize` takes unless told otherwise; README, help and documents are tested against it.
-DEFAULT_PRESET = "best"
+DEFAULT_PRESET = "fast"
 # Fields that no preset decides about.
 _NOT_OF_A_PRESET = ("bits", "group_size", "sym", "desc_act", "method", "preset", "skip", "overrides")
 _SWITCHES = ("clip", "true_sequential", "signed_scales", "equal_samples", "two_sided", "pack", "tune_codes")
@@ -127,7 +123,7 @@ class QuantizationConfig:
     tune_rate     its learning rate for codes, in units of a code.
     tune_scale_rate  its learning rate for scales and norm weights, relative to their sizes.
     tune_written  windows of text that the model writes itself, which the tuning adds to the calibration text.
-    tune_block_steps  steps of tuning of each block by itself, against its full-precision outputs; 0 is none.
+    tune_block_steps  steps of tuning of each block by itself, against the full-precision model's stream; 0 is none.
                   tune_codes, tune_batch (samples a step), tune_rate and tune_scale_rate hold for it too.
     skip          regular expressions; linears whose full name matches one (re.search) stay as they are.
     overrides     other settings for some linears; the first whose regular expression matches decides.

@@ -54,6 +54,15 @@ class Team:
             tokens, hessian.total = counts.tolist()
             hessian.tokens = int(tokens)
 
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Each tensor becomes its sum over all processes, in place."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
     def from_leader(self, thing: T) -> T:
         """What the first process has; anything that pickle takes."""
         return self.object_from(0, thing)

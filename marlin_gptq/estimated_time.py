@@ -79,7 +79,17 @@ def _techniques(block: BlockOutline, job: Job) -> float:
         for x in block.quantized:  # of a sweep one, and four with the refinement; one before the first
             products += (SWEEPS + 1) * x.out_features**2 * x.in_features
             products += (4 * SWEEPS + 1) * x.out_features * x.in_features**2
-    if job.tuned is not None:  # a forward for the target, one to learn, and twice as much backward
-        weights = sum(x.out_features * x.in_features for x in block.linears)
-        products += 4 * job.tuned.steps * job.tuned.step_tokens * weights
-    return products
+    return products + _tuning(block, job)
+
+
+def tuning_products(outline: Outline, job: Job) -> float:
+    """Multiplications of the tuning of all blocks."""
+    return sum(_tuning(block, job) for block in outline.blocks)
+
+
+def _tuning(block: BlockOutline, job: Job) -> float:
+    """All tokens in full precision for the target; in each step a forward, and twice as much backward."""
+    if job.tuned is None:
+        return 0.0
+    weights = sum(x.out_features * x.in_features for x in block.linears)
+    return weights * (job.tokens + 3.0 * job.tuned.steps * job.tuned.step_tokens)

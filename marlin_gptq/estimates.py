@@ -68,8 +68,8 @@ class Memory:
 
 
 def streams(job: Job) -> int:
-    """Sets of activations that wait: with a corrected target those after full-precision blocks too."""
-    return 2 if job.corrected else 1
+    """Sets of activations that wait: those after full-precision blocks too, where somebody asks for them."""
+    return 2 if job.corrected or job.tuned else 1
 
 
 def activation_bytes(outline: Outline, job: Job) -> int:
@@ -98,7 +98,7 @@ def staged_bytes(outline: Outline, job: Job) -> int:
         inner = max((x.in_features for x in downs), default=0) * outline.experts_per_token
         shared = outline.hidden if experts_of(block) else 0  # what an expert for all tokens returns
         widths.append(outline.hidden + shared + max(dense, inner))
-    return streams(job) * job.tokens * max(widths) * job.compute_bytes
+    return (2 if job.corrected else 1) * job.tokens * max(widths) * job.compute_bytes
 
 
 def ahead_bytes(outline: Outline, job: Job) -> int:

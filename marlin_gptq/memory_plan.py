@@ -10,18 +10,19 @@ from marlin_gptq.estimates import SIDE_BY_SIDE, activation_bytes, memory, staged
 from marlin_gptq.job import Job, Plan
 from marlin_gptq.modeling.outline import Outline
 from marlin_gptq.modeling.packed import PACK_TOKENS
-from marlin_gptq.tuning.block_memory import TUNED_TOKENS
+from marlin_gptq.tuning.block_memory import FEWER_TOKENS, TUNED_TOKENS
 from marlin_gptq.tuning.memory import SHARE
 
 
-def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None) -> Plan:
+def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None, begun: int | None = None) -> Plan:
     """The least frugal plan whose device memory stays within `limit` bytes.
 
     spill  "none" keeps activations on the device, "host" and "disk" put them there, None decides.
+    begun  `tuned_tokens` of the run that is gone on with, which must stay.
     Gives up speed in this order: true-sequential calibration begins at a block's start each time instead of going on in
     stages; activations wait in host memory; weights are solved in pieces of rows; Hessians are summed in several
-    passes; each step is tried with packs of samples, then with one sample at a time. InputError with the least that
-    would do, if nothing fits.
+    passes; each step is tried with packs of samples, then with one sample at a time; blocks are tuned with fewer
+    samples together. InputError with the least that would do, if nothing fits.
     """
     places = {"none": ["device"], "host": ["host"], "disk": ["disk"], None: ["device", "host"]}[spill]
     largest = max((x.in_features for block in outline.blocks for x in block.quantized), default=0) ** 2 * 4
@@ -34,17 +35,22 @@ def plan_within(outline: Outline, job: Job, limit: int, spill: str | None = None
         replace(frugal, rows=rows, hessian_bytes=size) for rows, size in ((2048, 2 * largest), (2048, 1), (512, 1))
     ]
     plans = [replace(plan, pack_tokens=tokens) for plan in plans for tokens in (PACK_TOKENS, 0)]
+    tuned = ((TUNED_TOKENS, *FEWER_TOKENS) if job.tuned else (TUNED_TOKENS,)) if begun is None else (begun,)
+    plans = [replace(plan, tuned_tokens=tokens) for tokens in tuned for plan in plans]
     for plan in plans:
-        if memory(outline, job, plan).device <= limit:
+        if max(memory(outline, job, plan).device, tuning_needs(outline, job, plan)) <= limit:
             return plan
     least = memory(outline, job, plans[-1])
     where = (
         f"the {least.phase} phase of block {least.block}" if least.phase not in ("embed", "head") else "the embedding"
     )
     ways = ["a smaller --seq-len"] if least.phase == "forward" else []
+    needed, tuning = least.device, tuning_needs(outline, job, plans[-1])
+    if tuning > needed:
+        where, needed, ways = "the tuning of a block", tuning, ["--tune-block-steps 0"]
     ways += ["--spill host"] if spill == "none" else []
     raise InputError(
-        f"--max-gpu-memory: got {limit / 1e9:.2f} GB, but {where} needs {least.device / 1e9:.2f} GB at least; give as "
+        f"--max-gpu-memory: got {limit / 1e9:.2f} GB, but {where} needs {needed / 1e9:.2f} GB at least; give as "
         f"much{''.join(f', or {way}' for way in ways)}"
     )
 
@@ -76,7 +82,7 @@ def tuning_within(
     if spill is None and plan.place == "device":
         plans.append(replace(plans[0], place="host", staged=False))
     if begun is None:
-        plans += [replace(plans[-1], tuned_tokens=tokens) for tokens in (TUNED_TOKENS // 2, TUNED_TOKENS // 4, 0)]
+        plans += [replace(plans[-1], tuned_tokens=tokens) for tokens in FEWER_TOKENS]
     for tried in plans:
         if tuning_needs(outline, job, tried) <= free:
             return tried

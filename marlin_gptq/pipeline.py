@@ -163,7 +163,7 @@ def quantize_model(
         stream.read_ahead(0)
         with costs.measure("embed"):
             hidden = run.embed(own)
-            if config.correct_target and config.method == "gptq":
+            if config.method == "gptq" and (config.correct_target or config.tunes_blocks):
                 run.full = run.copied(hidden)
         if config.two_sided and config.method == "gptq":
             with costs.measure("gradients"):
@@ -247,7 +247,7 @@ def _plan(
             raise InputError("--max-gpu-memory: this run computes on the CPU; leave it out, or use --device cuda")
         return Plan("disk" if spill == "disk" else "device", staged=job.true_sequential and spill != "disk")
     if limit is not None:
-        plan = plan_within(outline(model_dir, config), job, limit, spill)
+        plan = plan_within(outline(model_dir, config), job, limit, spill, begun)
         total = torch.cuda.get_device_properties(device).total_memory
         number = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), number)

@@ -38,9 +38,9 @@ class LinearRecord:
 class BlockRecord:
     """What became of tuning a block by itself.
 
-    error_before, error_after  squared difference from the outputs that the block gives with its full-precision weights,
-                  over the squares of what it adds to its inputs there, on `samples_judged` samples that nothing was
-                  learnt from; error_after is None where the tuning ended in NaN or Inf.
+    error_before, error_after  squared difference of the block's outputs from those of the full-precision model, over
+                  the squares of these, the mean over the tokens of `samples_judged` samples that nothing was learnt
+                  from; error_after is None where the tuning ended in NaN or Inf.
     kept          whether the tuned block is the result; if not, it is the one before.
     codes_changed share of the codes that the tuning changed.
     """

@@ -16,6 +16,7 @@ from marlin_gptq.config import QuantizationConfig
 from marlin_gptq.device_memory import free_bytes
 from marlin_gptq.disk import require_space
 from marlin_gptq.errors import InputError, QuantizationError
+from marlin_gptq.estimated_time import tuning_products
 from marlin_gptq.job import Job, Plan
 from marlin_gptq.memory_plan import tuning_within
 from marlin_gptq.modeling.architecture import (
@@ -36,6 +37,10 @@ from marlin_gptq.overrides import require_matches
 from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.tuning.memory import Sizes, plan
 from marlin_gptq.tuning.text import WINDOW
+
+# Multiplications a second that a core of a CPU does in the tuning of blocks (3.3e10 measured on one), and how long that
+# may take without being asked for.
+CPU_PRODUCTS, MOST_CPU_MINUTES = 3e10, 5
 
 
 def require_quantizable(
@@ -109,7 +114,7 @@ def require_combination(
             "two_sided: got true for a model with experts, whose gradients most experts see of too few tokens; use "
             "--no-two-sided (or --preset marlin)"
         )
-    _require_tunable_blocks(config, processes=processes, limited=limited, experts=experts)
+    _require_tunable_blocks(config, experts=experts)
     if not config.tunes:
         return
     asked = f"tune_steps: got {config.tune_steps}"
@@ -154,7 +159,7 @@ def require_head(config: QuantizationConfig, model: Any) -> None:
         )
 
 
-def _require_tunable_blocks(config: QuantizationConfig, *, processes: int, limited: bool, experts: bool) -> None:
+def _require_tunable_blocks(config: QuantizationConfig, *, experts: bool) -> None:
     """The same for the tuning of each block by itself."""
     if not config.tune_block_steps:
         return
@@ -164,16 +169,6 @@ def _require_tunable_blocks(config: QuantizationConfig, *, processes: int, limit
             f"{asked} with method {config.method}, which runs no calibration text through the blocks; use "
             "--tune-block-steps 0, or --method gptq"
         )
-    if processes > 1:
-        raise InputError(
-            f"{asked} in {processes} processes, but the tuning of blocks runs in one; use --tune-block-steps 0, or "
-            "start a single process"
-        )
-    if limited:
-        raise InputError(
-            f"{asked} together with --max-gpu-memory, whose plans leave no room for the tuning of blocks; use "
-            "--tune-block-steps 0, or leave --max-gpu-memory out"
-        )
     if experts:
         raise InputError(
             f"{asked} for a model with experts, which the tuning of blocks does not know; use --tune-block-steps 0"
@@ -181,47 +176,18 @@ def _require_tunable_blocks(config: QuantizationConfig, *, processes: int, limit
 
 
 def within_reach(
-    model_dir: Path,
-    config: QuantizationConfig,
-    device: torch.device,
-    *,
-    kept: bool = False,
-    processes: int = 1,
-    limited: bool = False,
-    free: int | None = None,
+    model_dir: Path, config: QuantizationConfig, device: torch.device, free: int | None = None
 ) -> tuple[QuantizationConfig, str]:
-    """`config` less what this run cannot have of its tuning, and a sentence about what that is ("" for nothing).
+    """`config` less the block tuning that this run cannot have, and a sentence about that ("" for nothing).
 
-    For recipes that nobody chose; one that somebody did is refused instead (`require_quantizable`). Reads config.json
-    alone. kept, processes, limited: see `require_combination`; free: bytes of the GPU's memory, if it is not here.
+    For the default recipe; others are refused instead (`require_quantizable`). Reads config.json alone.
+    free  bytes of the GPU that it may take, if not all that is free.
     """
-    if not config.tunes:
+    reason = _why_no_tuned_blocks(model_dir, config, device, free) if config.tunes_blocks else ""
+    if not reason:
         return config, ""
-    without = replace(config, tune_steps=0)
-    model = read_config(model_dir)
-    text = text_config(model) is model
-    experts = any(linear.expert for block in outline(model_dir, config).blocks for linear in block.linears)
-    for reason in (
-        "without a GPU it takes days" if device.type != "cuda" else "",
-        "it does not go with a work directory" if kept else "",
-        "it runs in one process" if processes > 1 else "",
-        "it does not go with --max-gpu-memory" if limited else "",
-        "it does not know experts" if experts else "",
-        "it knows causal language models of text alone" if not (has_language_head(model) and text) else "",
-    ):
-        if reason:
-            return without, f"preset {config.preset} runs without its end-to-end tuning: {reason}"
-    try:
-        require_memory(model_dir, config, device, free)
-    except QuantizationError as error:
-        needed = str(error).split(";")[0]
-        fixed = replace(config, tune_codes=False)
-        try:
-            require_memory(model_dir, fixed, device, free)
-        except QuantizationError:
-            return without, f"preset {config.preset} runs without its end-to-end tuning: {needed}"
-        return fixed, f"preset {config.preset} tunes scales and norm weights only: with codes {needed}"
-    return config, ""
+    without = replace(config, tune_block_steps=0)
+    return without, f"preset {config.preset} runs without its block tuning: {reason}"
 
 
 def require_gpu_for_tuning(config: QuantizationConfig, device: torch.device) -> None:
@@ -234,7 +200,29 @@ def require_gpu_for_tuning(config: QuantizationConfig, device: torch.device) -> 
         )
 
 
-def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.device, free: int | None = None) -> None:
+def _why_no_tuned_blocks(model_dir: Path, config: QuantizationConfig, device: torch.device, free: int | None) -> str:
+    """What speaks against the tuning of each block by itself, "" for nothing."""
+    if any(linear.expert for block in outline(model_dir, config).blocks for linear in block.linears):
+        return "it does not know experts"
+    if device.type == "cuda":
+        try:
+            require_block_memory(model_dir, config, device, free)
+        except QuantizationError as error:
+            return str(error).split(";")[0]
+        return ""
+    length = _window(model_dir)
+    job = Job.of(config, config.tune_batch * length, length, 4, 0)
+    minutes = tuning_products(outline(model_dir, config), job) / (CPU_PRODUCTS * torch.get_num_threads()) / 60
+    if minutes <= MOST_CPU_MINUTES:
+        return ""
+    return f"on this CPU it would take about {minutes / 60:.1f} hours (--tune-block-steps decides it)"
+
+
+def _window(model_dir: Path) -> int:
+    return min(WINDOW, getattr(read_config(model_dir), "max_position_embeddings", None) or WINDOW)
+
+
+def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.device) -> None:
     """QuantizationError, before any work, if the tuning that `config` asks for does not fit the GPU."""
     if device.type != "cuda":
         return
@@ -243,14 +231,18 @@ def require_memory(model_dir: Path, config: QuantizationConfig, device: torch.de
         batch=config.tune_batch,
         length=WINDOW,
         tune_codes=config.tune_codes,
-        free=free_bytes(device) if free is None else free,
+        free=free_bytes(device),
     )
 
 
-def require_block_memory(model_dir: Path, config: QuantizationConfig, device: torch.device) -> None:
+def require_block_memory(
+    model_dir: Path, config: QuantizationConfig, device: torch.device, free: int | None = None
+) -> None:
     """The same for the tuning of each block by itself, whatever the text: more is known when its samples are there."""
     if device.type == "cuda":
-        tuning_within(outline(model_dir, config), Job.of(config, 1, 1, 2, 0), Plan("host"), free_bytes(device))
+        length = _window(model_dir) if config.pack else 1
+        free = free_bytes(device) if free is None else free
+        tuning_within(outline(model_dir, config), Job.of(config, length, length, 2, 0), Plan("host"), free)
 
 
 def tuned_sizes(model_dir: Path, config: QuantizationConfig) -> Sizes:

@@ -36,7 +36,7 @@ class RunState:
     plan, disk       how the run keeps within its memory, and where activations go that wait in a file.
     records, tuned   of the linears and blocks that are done.
     solved           linears that this process has solved and `records` does not have yet.
-    full             with correct_target the samples after full-precision blocks, else None.
+    full             with correct_target or tuning of blocks the samples after full-precision blocks, else None.
     gradients        with two_sided those of the loss by every block's outputs, else None.
     """
 
@@ -82,11 +82,15 @@ class RunState:
         return within_float16(self.stream.block_module(index), self.stream.block_name(index))
 
     def advance_full(self, index: int, samples: Packed | Staged | None) -> None:
-        """The full-precision stream, if there is one, through block `index`, which must have its own weights now."""
-        if samples is None or index + 1 == self.stream.n_blocks:
+        """The full-precision stream, if it is needed there, through block `index`, which must have its own weights."""
+        if samples is None or not self.full_goes_on(index):
             return
-        with self.costs.measure("correct target"):
+        with self.costs.measure("full precision"):
             advance(self.stream, index, samples)
+
+    def full_goes_on(self, index: int) -> bool:
+        """Whether somebody asks for the full-precision stream behind block `index`."""
+        return self.full is not None and (index + 1 < self.stream.n_blocks or self.config.tunes_blocks)
 
     def tell_unstaged(self, index: int) -> None:
         """Log, once, that block `index` cannot be calibrated in stages."""

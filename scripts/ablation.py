@@ -36,8 +36,16 @@ from marlin_gptq.text_sources import load_documents
 
 # What the pass itself can do: everything of `best` but the tuning.
 _PASS = {name: value for name, value in PRESETS["best"].items() if not name.startswith("tune")}
-# One-sided, with all weights tuned for a short time: what `fast` was before.
-_SHORT = {"two_sided": False, "correct_target": 0.0, "tune_steps": 250}
+# What `fast` was before its blocks were tuned: one pass, with a corrected target and both sides.
+_ONE_PASS = {
+    "tune_block_steps": 0,
+    "refine_sweeps": 1,
+    "tune_rate": 1e-3,
+    "correct_target": 0.5,
+    "two_sided": True,
+}
+# And before that: one-sided, with all weights tuned for a short time.
+_SHORT = _ONE_PASS | {"two_sided": False, "correct_target": 0.0, "tune_steps": 250}
 # Each variant: the preset it starts from and what it changes.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn": ("marlin", {"method": "rtn"}),
@@ -84,12 +92,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "best, a quarter as long": ("best", {"tune_steps": 1000, "tune_written": 2048}),
     "best, two-sided": ("best", {"two_sided": True}),
     "fast": ("fast", {}),
-    "fast, one-sided": ("fast", {"two_sided": False}),
-    "fast, target not corrected": ("fast", {"correct_target": 0.0}),
-    "fast, one-sided, target not corrected": ("fast", _SHORT | {"tune_steps": 0}),
-    "fast, two sweeps first": ("fast", {"refine_sweeps": 2}),
-    "fast, 50 steps": ("fast", {"tune_steps": 50}),
-    "fast, 250 steps": ("fast", {"tune_steps": 250}),
+    "fast, blocks not tuned": ("fast", {"tune_block_steps": 0}),
+    "fast, 50 steps": ("fast", {"tune_block_steps": 50}),
+    "fast, 200 steps": ("fast", {"tune_block_steps": 200}),
+    "fast, scales and norms only": ("fast", {"tune_codes": False}),
+    "fast, rate 5e-3": ("fast", {"tune_rate": 5e-3}),
+    "fast, documents": ("fast", {"pack": False}),
+    "one pass": ("fast", _ONE_PASS),
+    "one pass, one-sided": ("fast", _ONE_PASS | {"two_sided": False}),
+    "one pass, target not corrected": ("fast", _ONE_PASS | {"correct_target": 0.0}),
+    "one pass, one-sided, target not corrected": ("fast", _SHORT | {"tune_steps": 0}),
+    "one pass, two sweeps first": ("fast", _ONE_PASS | {"refine_sweeps": 2}),
+    "one pass, 50 steps": ("fast", _ONE_PASS | {"tune_steps": 50}),
+    "one pass, 250 steps": ("fast", _ONE_PASS | {"tune_steps": 250}),
     "short tuning": ("fast", _SHORT),
     "short tuning, 50 steps": ("fast", _SHORT | {"tune_steps": 50}),
     "short tuning, 100 steps": ("fast", _SHORT | {"tune_steps": 100}),

@@ -21,7 +21,7 @@ from marlin_gptq.eval.whole_model import load_whole
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.names import usual_names
 from marlin_gptq.modeling.outline import outline
-from marlin_gptq.requirements import require_quantizable, within_reach
+from marlin_gptq.requirements import require_quantizable
 from marlin_gptq.tuning.student import Student
 
 CPU = torch.device("cpu")
@@ -158,7 +158,6 @@ def test_a_body_without_a_head_cannot_be_a_language_model(tmp_path: Path) -> Non
     tuned = QuantizationConfig(tune_steps=10)
     with pytest.raises(InputError, match=r"tune_steps: got 10 for a LlamaModel, .*--tune-steps 0"):
         quantize_model(source, tmp_path / "out", tuned, random_samples(4), device=CPU)
-    assert within_reach(source, tuned, torch.device("cuda"))[0].tune_steps == 0
     report = quantize_model(source, tmp_path / "out", QuantizationConfig(), random_samples(8), device=CPU)
     assert len(report.records) == 14 and all(0 < record.relative_error < 0.1 for record in report.records)
     message = "holds a LlamaModel, which gives no logits of the next token"
@@ -325,8 +324,6 @@ def test_the_end_to_end_tuning_knows_text_alone(tmp_path: Path) -> None:
     tuned = QuantizationConfig(tune_steps=10)
     with pytest.raises(InputError, match=r"tune_steps: got 10 for a LlavaForConditionalGeneration, and .* text alone"):
         require_quantizable(source, tmp_path / "out", tuned)
-    found, why = within_reach(source, tuned, torch.device("cuda"))
-    assert found.tune_steps == 0 and "it knows causal language models of text alone" in why
 
 
 def test_files_in_another_form_than_renamed(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from helpers import tiny_config
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 from transformers.integrations import sdpa_attention
 
 from marlin_gptq.modeling import attention, decoding
-from marlin_gptq.modeling.attention import attend, grouped_queries, sdpa_configs, shares_keys
+from marlin_gptq.modeling.attention import REPEATABLE, attend, backward, grouped_queries, sdpa_configs, shares_keys
 from marlin_gptq.modeling.decoding import Decoder, ends
 
 MODELS = [
@@ -231,3 +232,64 @@ def test_large_caches_are_read_in_parts() -> None:
     assert ends(2048, 1024) == (256, 512, 768, 1024)
     assert ends(1024, 70) == (64, 70)
     assert ends(128, 640) == (192, 320, 512, 640)
+
+
+def test_flash_attention_alone_is_told_to_keep_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is when the backward pass has ended, however it did."""
+    events: list[Any] = []
+    told = torch.set_deterministic_debug_mode
+
+    def tell(mode: Any) -> None:
+        events.append(mode)
+        told(mode)
+
+    monkeypatch.setattr(torch, "set_deterministic_debug_mode", tell)
+    leaf = torch.randn(1, 2, 9, 16, requires_grad=True)
+
+    def output() -> tuple[Tensor, Tensor]:
+        query = 2 * leaf
+        query.register_hook(lambda _: events.append("queries"))
+        with sdpa_kernel(REPEATABLE):
+            found = nn.functional.scaled_dot_product_attention(query, leaf, leaf, is_causal=True)
+        scaled = 2 * found
+        scaled.register_hook(lambda _: events.append("output"))
+        return found, scaled
+
+    backward(output()[1].sum())
+    gradient, leaf.grad = leaf.grad, None
+    assert events == ["output", "error", 0, "queries", 0] and told is not torch.set_deterministic_debug_mode
+    output()[1].sum().backward()
+    assert gradient is not None and leaf.grad is not None and torch.equal(gradient, leaf.grad)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError(f"mode {torch.get_deterministic_debug_mode()}")
+
+    found, scaled = output()
+    assert found.grad_fn is not None
+    found.grad_fn.register_hook(fail)  # before the one that ends it
+    with pytest.raises(RuntimeError, match="mode 2"):
+        backward(scaled.sum())
+    assert torch.get_deterministic_debug_mode() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [4, 2])
+def test_gradients_through_flash_attention_are_the_same_each_time(heads: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def made(count: int) -> Tensor:
+        shape = 2, count, 1000, 64
+        return torch.randn(shape, generator=generator, device="cuda").bfloat16().requires_grad_()
+
+    query, key, value = made(4), made(heads), made(heads)
+    outer = torch.randn(2, 4, 1000, 64, generator=generator, device="cuda").bfloat16()
+    found: list[tuple[Tensor, ...]] = []
+    for kernels in (*5 * [REPEATABLE], [SDPBackend.MATH]):
+        with sdpa_kernel(kernels):
+            output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        backward(output, outer)
+        found.append(tuple(each.grad for each in (query, key, value) if each.grad is not None))
+        query.grad = key.grad = value.grad = None
+    assert all(torch.equal(a, b) for again in found[1:5] for a, b in zip(found[0], again, strict=True))
+    for flash, plain in zip(found[0], found[5], strict=True):
+        assert (flash.float() - plain.float()).norm() < 0.02 * plain.float().norm()

@@ -27,7 +27,7 @@ def test_presets_name_themselves_and_take_changes() -> None:
     best = QuantizationConfig.from_preset("best")
     assert best.preset == "best" and best.tune_steps > 0 and best.tune_codes and best.signed_scales
     fast = QuantizationConfig.from_preset("fast")
-    assert fast.two_sided and fast.correct_target == 0.5 and not fast.tunes, "one pass, wherever blocks can be solved"
+    assert fast.tunes_blocks and not fast.tunes and not fast.correct_target, "one block at a time, wherever it fits"
     changed = QuantizationConfig.from_preset("fast", tune_steps=3, group_size=64)
     assert (changed.preset, changed.tune_steps, changed.group_size, changed.pack) == ("fast", 3, 64, True)
     with pytest.raises(InputError, match="preset: got 'slow', expected one of best, fast, marlin"):

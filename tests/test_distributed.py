@@ -48,8 +48,13 @@ for name in sys.argv[3:]:
     if output == "resumed" and team.leads:
         (folder / "work" / "block-00001.json").unlink()
         work = WorkDirectory.resume(folder / "work")
-    quantize_model(folder / source, folder / output, config, random_samples(12), device=torch.device("cpu"),
-                   work=work, team=team)
+    if "tuned" in output:
+        config = QuantizationConfig(damp_percent=1.0, clip=False, tune_block_steps=20, tune_codes=True, tune_batch=4,
+                                    tune_rate=2e-3, tune_scale_rate=1e-3)
+    report = quantize_model(folder / source, folder / output, config, random_samples(12), device=torch.device("cpu"),
+                            work=work, team=team)
+    same = report.tuned_blocks, [(linear.scale_min, linear.scale_mean) for linear in report.records]
+    assert team.from_leader(same) == same
     if work is not None:
         work.close()
 dist.destroy_process_group()
@@ -76,12 +81,15 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "llama")
     save_tiny_model(tmp_path / "experts", "qwen3_moe", **EXPERT_MODELS["qwen3_moe"])
     jobs = ["llama:two", "llama:sequential", "llama:kept", "llama:resumed", "experts:experts-two", "llama:techniques"]
-    jobs += ["experts:experts-equal", "llama:two-sided"]
+    jobs += ["experts:experts-equal", "llama:two-sided", "llama:tuned", "llama:tuned-again"]
     jobs += ["llama:sequential-from-start", "experts:experts-sequential", "experts:experts-sequential-from-start"]
     done = start(2, tmp_path / "worker.py", tmp_path, Path(__file__).parent, *jobs)
     assert done.returncode == 0, done.stderr
     assert equal(tmp_path / "two", tmp_path / "kept"), "the same each time"
     assert equal(tmp_path / "two", tmp_path / "resumed")
+    assert equal(tmp_path / "tuned", tmp_path / "tuned-again") and not equal(tmp_path / "tuned", tmp_path / "two")
+    blocks = json.loads((tmp_path / "tuned" / "quantize_log.json").read_text())["tuned_blocks"]
+    assert blocks[0]["kept"] and [block["samples_judged"] for block in blocks] == 2 * [2], "one of each process"
     for name in ("sequential", "experts-sequential"):
         assert equal(tmp_path / name, tmp_path / f"{name}-from-start"), "whether passes go on from the last one or not"
     techniques = QuantizationConfig(correct_target=0.5, signed_scales=True, act_order="groups", refine_sweeps=1)

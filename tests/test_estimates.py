@@ -138,7 +138,8 @@ def test_the_tuning_of_blocks_is_reckoned_with(tmp_path: Path) -> None:
         return used.device, used.phase
 
     moving, phase = peak()
-    assert phase == "tune" and 10e9 < moving < 16e9
+    # Documents of 4096 tokens, two of them together, with the scores of attention that a mask would have written out.
+    assert phase == "tune" and 13e9 < moving < 19e9
     assert peak(tune_codes=False) == (moving - 15 * weights, "tune")
     assert peak(pack=True)[0] < moving
     assert peak(tune_block_steps=0)[1] != "tune" and peak(method="rtn")[1] != "tune"

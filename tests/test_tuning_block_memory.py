@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from helpers import SEVEN_B, config_only, random_samples, save_tiny_model
 from safetensors.torch import load_file
 
-from marlin_gptq import QuantizationConfig, QuantizationError, pipeline, quantize_model
+from marlin_gptq import InputError, QuantizationConfig, QuantizationError, pipeline, quantize_model
 from marlin_gptq.cli.quantize import main
 from marlin_gptq.estimates import tuning_memory
 from marlin_gptq.job import Job, Plan
-from marlin_gptq.memory_plan import tuning_needs, tuning_within
+from marlin_gptq.memory_plan import plan_within, tuning_needs, tuning_within
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.outline import Outline, outline
 from marlin_gptq.requirements import require_quantizable
@@ -47,7 +47,7 @@ def seven_job(**changes: Any) -> Job:
 
 def test_what_is_given_up_for_memory_in_its_order(seven: Outline) -> None:
     job = seven_job()
-    steps = [Plan(), Plan("host"), *(Plan("host", tuned_tokens=tokens) for tokens in (2048, 1024))]
+    steps = [Plan(), Plan("host"), *(Plan("host", tuned_tokens=tokens) for tokens in (4096, 2048, 1024))]
     for plan, less in pairwise(steps):
         assert tuning_memory(seven, job, less) < tuning_memory(seven, job, plan)
     for plan in steps:
@@ -78,7 +78,20 @@ def test_too_little_memory_is_one_sentence(seven: Outline) -> None:
     with pytest.raises(QuantizationError, match=r"are free; use a GPU with as much free memory as it was begun with$"):
         tuning_within(seven, job, Plan(), tuning_needs(seven, job, Plan("host", tuned_tokens=1024)), begun=TUNED_TOKENS)
     fewer = Plan("host", tuned_tokens=1024)
-    assert tuning_within(seven, job, Plan(), tuning_needs(seven, job, Plan("host")), begun=1024) == fewer
+    assert tuning_within(seven, job, Plan(), tuning_needs(seven, job, fewer), begun=1024) == fewer
+
+
+def test_a_limit_leaves_fewer_samples_together(seven: Outline) -> None:
+    job = Job.of(QuantizationConfig.from_preset("fast"), 256_000, 8192, 2, 10**9)
+    found = [plan_within(seven, job, limit) for limit in (40 * 10**9, 12 * 10**9, 10 * 10**9, 8 * 10**9)]
+    assert found[0] == Plan() and found[1].place == "host"
+    together = [plan.tuned_tokens for plan in found]
+    assert together == sorted(together, reverse=True) and 0 < together[-1] < TUNED_TOKENS
+    assert plan_within(seven, job, 40 * 10**9, begun=2048) == Plan(tuned_tokens=2048)
+    with pytest.raises(
+        InputError, match=r"but the tuning of a block needs \d\.\d\d GB at least.*--tune-block-steps 0$"
+    ):
+        plan_within(seven, job, 5 * 10**9)
 
 
 @pytest.fixture

@@ -78,8 +78,8 @@ def test_free_memory_counts_what_torch_keeps() -> None:
 def test_tuning_writes_a_better_model(tmp_path: Path, preset: str) -> None:
     """By either way to cut windows: those of `best`, and the packed samples of `fast`."""
     source = save_tiny_model(tmp_path / "source", initializer_range=0.1)
-    one_sided = {"two_sided": False, "correct_target": 0.0}
-    settings = QuantizationConfig.from_preset(preset, group_size=64, tune_steps=60, tune_batch=4, **one_sided)
+    changes = {"tune_steps": 60, "tune_batch": 4, "tune_rate": 5e-4, "tune_block_steps": 0}
+    settings = QuantizationConfig.from_preset(preset, group_size=64, **changes)
     samples = random_samples(60, longest=256)
     report = quantize_model(source, tmp_path / "out", settings, samples, device=GPU)
     assert report.tuning is not None and report.tuning["kl_after"] < report.tuning["kl_before"]

@@ -73,7 +73,9 @@ def test_every_recipe_goes_on(source: Path, tmp_path: Path, config: Quantization
 def test_tuned_blocks_of_a_float32_model_go_on(tmp_path: Path) -> None:
     """Norm weights are stored rounded: those that moved go on so, and those that did not as they were."""
     source = save_tiny_model(tmp_path / "source", num_hidden_layers=2, dtype=torch.float32, initializer_range=0.1)
-    config = QuantizationConfig(tune_block_steps=20, tune_codes=True, tune_rate=2e-3)
+    config = QuantizationConfig(
+        damp_percent=1.0, clip=False, tune_block_steps=20, tune_codes=True, tune_rate=2e-3, tune_scale_rate=1e-3
+    )
     samples = random_samples(60, longest=128)
     whole = run(source, tmp_path / "whole", None, config, samples=samples)
     assert whole is not None and whole.tuned_blocks[0].kept

@@ -77,6 +77,13 @@ class Activations:
         assert held is not None, f"sample {position} was not written yet"
         return held.to(self.device, non_blocking=True)
 
+    def row(self, position: int, row: int) -> Tensor:
+        """One row of the tensor at `position`, [1, T, width] on the device."""
+        held = self._held[position]
+        if held is None:  # in a file
+            return self[position][row : row + 1]
+        return held[row : row + 1].to(self.device, non_blocking=True)
+
     def put(self, position: int, hidden: Tensor) -> None:
         """Write, or write anew, the tensor at `position`."""
         if self.tracked:

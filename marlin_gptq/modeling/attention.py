@@ -20,14 +20,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 # Not cuDNN's: it plans anew for every length, 30 ms each on an H200, and documents have all lengths.
 ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# With gradients: the others' backward passes add up in no fixed order on a GPU, and a resumed run is to give the same
-# bits. It writes out scores of every head, [T, T] in float32.
-REPEATABLE = [SDPBackend.MATH]
+# With gradients, where a resumed run is to give the same bits: what `backward` can have add up in a fixed order, and
+# where that does not take the call (a mask, float32) the plain way, which writes out scores of every head, [T, T].
+REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 _NAME = "marlin_gptq_decode"
 # What transformers' sdpa takes and passes over: positions are in the keys, windows in the mask.
@@ -96,6 +97,36 @@ def attend(
     grouped = query.reshape(batch, heads // groups, groups, width)
     found = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return found.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def backward(output: Tensor, gradient: Tensor | None = None) -> None:
+    """`output.backward(gradient)` of a forward pass under REPEATABLE, with the same bits every time.
+
+    On a GPU flash attention adds gradients up in any order unless torch is told to be deterministic. It is told so for
+    those steps alone: it would refuse products of matrices, which have a fixed order anyway.
+    """
+    before = torch.get_deterministic_debug_mode()
+    for node in _flash_attentions(output):
+        node.register_prehook(lambda *_: torch.set_deterministic_debug_mode("error"))
+        node.register_hook(lambda *_: torch.set_deterministic_debug_mode(before))
+    try:
+        output.backward(gradient)
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+def _flash_attentions(output: Tensor) -> list[Any]:
+    """The steps of the backward pass from `output` that are flash attention's."""
+    waiting, seen, found = [output.grad_fn], set(), []
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if "FlashAttention" in node.name():
+            found.append(node)
+        waiting += [behind for behind, _ in node.next_functions]
+    return found
 
 
 def _asked(option: Any) -> bool:

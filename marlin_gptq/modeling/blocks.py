@@ -147,7 +147,7 @@ class BlockStream:
         if not self._asides.entered(index):
             raise RuntimeError(f"block {index} is not loaded: call run inside `with stream.block({index})`")
         with torch.autocast(self.device.type, enabled=False):  # what is remembered is the same whoever asks first
-            like = hidden.detach().to(self.dtype)
+            like = hidden.detach() if hidden.dtype == self.dtype else self._like(hidden.shape)
             if len(lengths) < 2:
                 args, kwargs = self._asides.arguments(index, like)
             else:
@@ -194,8 +194,11 @@ class BlockStream:
             )
 
     def _kind(self, index: int, length: int) -> Hashable | None:
-        like = torch.zeros((), dtype=self.dtype, device=self.device)
-        return self._asides.kind(index, like.expand(1, length, self.config.hidden_size))
+        return self._asides.kind(index, self._like((1, length, self.config.hidden_size)))
+
+    def _like(self, shape: Sequence[int]) -> Tensor:
+        """Hidden states of this shape that take no memory, for what does not depend on their values."""
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(*shape)
 
     def _mistake(self, index: int) -> str | None:
         """What goes wrong when samples share a pass through block `index`; tried once for all blocks of its make."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from marlin_gptq.modeling.activations import Activations
+from marlin_gptq.modeling.attention import backward
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.packed import Packed
 from marlin_gptq.quantization.hessian import Cross, Hessian
@@ -166,7 +167,7 @@ def _backwards(
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             output = _run(stream, index, x, lengths)
-        output.backward(gradient.to(output.dtype))
+        backward(output, gradient.to(output.dtype))
         assert x.grad is not None
         yield x.grad
 

@@ -1,9 +1,10 @@
-"""One block tuned by itself: from the inputs that it gets behind quantized blocks it learns to give the outputs that it
-gives with its full-precision weights.
+"""One block tuned by itself: from the inputs that it gets behind quantized blocks it learns to give what the
+full-precision model has there.
 
 What the end-to-end tuning does for the whole model this does with one block on the device. Not the model's output is
-kept but every block's (reconstruction of blocks: Li et al., BRECQ, arXiv 2102.05426; with all weights of a block
-moving: Chen et al., EfficientQAT, arXiv 2407.11062; rounding by gradient: Cheng et al., AutoRound, arXiv 2309.05516).
+kept but the stream behind every block (reconstruction of blocks: Li et al., BRECQ, arXiv 2102.05426; with all weights
+of a block moving: Chen et al., EfficientQAT, arXiv 2407.11062; rounding by gradient: Cheng et al., AutoRound, arXiv
+2309.05516). So a block makes up, as far as it can, for what those before it did to its inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from marlin_gptq.config import QuantizationConfig
+from marlin_gptq.distributed import Team
 from marlin_gptq.modeling.activations import Activations
+from marlin_gptq.modeling.attention import backward
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.quantization.tunable import TunableWeight, clamp_
 from marlin_gptq.quantization.weight import QuantizedWeight
@@ -28,6 +31,7 @@ from marlin_gptq.tuning.end_to_end import BETAS, Rates, batches, learning_rate
 _JUDGED = 16
 # Steps between two reports of progress.
 _TOLD = 10
+ALONE = Team()
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,23 @@ def tune_block(
     originals: Mapping[str, Tensor],
     parts: Mapping[str, QuantizedWeight],
     inputs: Activations,
+    wanted: Activations,
     config: QuantizationConfig,
-    target: torch.dtype,
+    stored: torch.dtype,
+    *,
     progress: Callable[[int], None] | None = None,
     together: int = TUNED_TOKENS,
+    team: Team = ALONE,
 ) -> TunedBlock:
-    """`config.tune_block_steps` steps of Adam on ‖block(x) − block₀(x)‖² / ‖block₀(x) − x‖², of a few samples x each.
+    """`config.tune_block_steps` steps of Adam on ‖block(x) − y‖² / ‖y‖², the mean over the tokens of a few samples.
 
-    stream, index   the entered block, which must have its full-precision weights: they make the targets.
+    stream, index   the entered block; its norm weights are those to begin with.
     originals, parts  of its quantized linears, by full name: the weights before, and codes and scales as solved.
-    inputs          of the block, all samples; one in 16, or the only one, is kept aside to judge by.
-    target          the dtype in which norm weights are stored.
+    inputs, wanted  x and y, all samples at the same places: the block's inputs, and what it should make of them. One
+                    sample in 16, or the only one, is kept aside to judge by.
+    stored          the dtype in which norm weights are stored.
     together        tokens of samples that pass the block together, unless one alone has more; 0 is one at a time.
+    team            processes with samples of their own, which share a step's samples and have the same result.
 
     The block stays as it is. Samples come in an order given by the block's number, so that a run that is done again
     gives the same. The tuned block is to be kept only if its error on the samples kept aside is smaller, computed as
@@ -69,14 +78,14 @@ def tune_block(
     """
     prefix = f"{stream.block_name(index)}."
     own = {name: f"{name.removeprefix(prefix)}.weight" for name in parts}
-    samples = _Samples(stream, index, inputs, together)
+    samples = _Samples(stream, index, inputs, wanted, together)
     judged = list(range(0, len(samples), _JUDGED))
     learnt = [number for number in range(len(samples)) if number % _JUDGED] or judged
-    before = _error({own[name]: part for name, part in parts.items()}, {}, samples, judged)
+    before, _ = _error({own[name]: part for name, part in parts.items()}, {}, samples, judged, team)
     tunable = _Tunable(stream.block_module(index), originals, parts, own, config.tune_codes)
-    _learn(tunable, samples, learnt, config, progress)
-    tuned, norms = tunable.stored(target)
-    after = _error(tuned, norms, samples, judged)
+    _learn(tunable, samples, learnt, config, progress, team)
+    tuned, norms = tunable.stored(stored)
+    after, count = _error(tuned, norms, samples, judged, team)
     found = {name: tuned[own[name]] for name in parts}
     moved = sum(int((found[name].codes != part.codes).sum()) for name, part in parts.items())
     record = BlockRecord(
@@ -84,7 +93,7 @@ def tune_block(
         error_before=before,
         error_after=after if math.isfinite(after) else None,
         kept=after < before,
-        samples_judged=len(judged),
+        samples_judged=count,
         codes_changed=moved / sum(part.codes.numel() for part in parts.values()),
     )
     return TunedBlock(found, norms, record)
@@ -97,22 +106,42 @@ def summary(record: BlockRecord) -> str:
 
 
 class _Samples:
-    """What passes the block: documents or, where they wait in batches, every window by itself; by number."""
+    """What passes the block, and what it should become: documents or, where they wait in batches, every window by
+    itself; by number."""
 
-    def __init__(self, stream: BlockStream, index: int, inputs: Activations, together: int) -> None:
-        self.stream, self.index, self.inputs, self.together = stream, index, inputs, together
+    def __init__(
+        self, stream: BlockStream, index: int, inputs: Activations, wanted: Activations, together: int
+    ) -> None:
+        self.stream, self.index, self.inputs, self.wanted, self.together = stream, index, inputs, wanted, together
         self.places = [(position, row) for position, (rows, _) in enumerate(inputs.shapes) for row in range(rows)]
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def packs(self, chosen: list[int]) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-        """(hidden states [1, ΣT, hidden_size], lengths) of those chosen that pass the block together."""
-        places = [self.places[number] for number in chosen]
-        lengths = [self.inputs.shapes[position][1] for position, _ in places]
+    def length(self, number: int) -> int:
+        """Its tokens."""
+        return self.inputs.shapes[self.places[number][0]][1]
+
+    def packs(self, chosen: list[int]) -> Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]:
+        """(hidden states, what they should become, lengths for `BlockStream.run`) of those chosen that pass the block
+        together: as a batch where all are equally long, else one behind the other."""
+        lengths = [self.length(number) for number in chosen]
+        if len(set(lengths)) == 1:
+            count = max(1, self.together // lengths[0])
+            for first in range(0, len(chosen), count):
+                some = chosen[first : first + count]
+                yield self._rows(self.inputs, some, 0), self._rows(self.wanted, some, 0), ()
+            return
         for pack in self.stream.packs(self.index, [(1, length) for length in lengths], self.together):
-            parts = [self.inputs[position][row : row + 1] for position, row in places[pack.start : pack.stop]]
-            yield torch.cat(parts, dim=1), tuple(lengths[pack.start : pack.stop])
+            some = chosen[pack.start : pack.stop]
+            yield (
+                self._rows(self.inputs, some, 1),
+                self._rows(self.wanted, some, 1),
+                tuple(lengths[pack.start : pack.stop]),
+            )
+
+    def _rows(self, activations: Activations, chosen: list[int], dim: int) -> Tensor:
+        return torch.cat([activations.row(*self.places[number]) for number in chosen], dim=dim)
 
 
 class _Tunable:
@@ -173,25 +202,27 @@ def _learn(
     learnt: list[int],
     config: QuantizationConfig,
     progress: Callable[[int], None] | None,
+    team: Team,
 ) -> None:
     stream, index, steps = samples.stream, samples.index, config.tune_block_steps
     device = stream.device
-    rates = Rates(config.tune_scale_rate, config.tune_scale_rate, config.tune_rate)
+    groups = tunable.groups(Rates(config.tune_scale_rate, config.tune_scale_rate, config.tune_rate))
     way: dict[str, bool] = {"fused": True} if device.type == "cuda" else {"foreach": True}
-    optimizer = torch.optim.Adam(tunable.groups(rates), betas=BETAS, eps=1e-12, **way)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
-    batch = min(len(learnt), config.tune_batch)
-    for number, chosen in enumerate(batches(len(learnt), batch, steps, seed=index), start=1):
-        packs = list(samples.packs([learnt[place] for place in chosen.tolist()]))
-        wanted = [stream.run(index, x, lengths) for x, lengths in packs]
-        change = sum(_squares(y, x) for (x, _), y in zip(packs, wanted, strict=True))
+    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12, **way)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    batch = min(len(learnt), math.ceil(config.tune_batch / team.size))
+    for number, places in enumerate(batches(len(learnt), batch, steps, seed=index), start=1):
+        chosen = [learnt[place] for place in places.tolist()]
+        tokens = sum(map(samples.length, chosen)) * team.size
         optimizer.zero_grad(set_to_none=True)
-        for (x, lengths), y in zip(packs, wanted, strict=True):
+        for x, y, lengths in samples.packs(chosen):
             with torch.autocast(device.type, torch.bfloat16, enabled=stream.dtype != torch.float32):
                 found = stream.run_with(index, tunable.tensors(), x.float(), lengths)
-            (_squares(found, y) / change).backward()
+            backward(relative_errors(found, y).sum() / tokens)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            team.sum_(moving.grad for moving in group["params"] if moving.grad is not None)
+            group["lr"] = rate * learning_rate(number - 1, steps)
         optimizer.step()
-        schedule.step()
         tunable.clamp_()
         if progress is not None and (number % _TOLD == 0 or number == steps):
             progress(number)
@@ -199,19 +230,29 @@ def _learn(
 
 @torch.no_grad()
 def _error(
-    weights: Mapping[str, QuantizedWeight], norms: Mapping[str, Tensor], samples: _Samples, judged: list[int]
-) -> float:
-    """Of the block with these weights, as it will run: Σ‖block(x) − block₀(x)‖² / Σ‖block₀(x) − x‖² over samples x."""
+    weights: Mapping[str, QuantizedWeight],
+    norms: Mapping[str, Tensor],
+    samples: _Samples,
+    judged: list[int],
+    team: Team,
+) -> tuple[float, int]:
+    """(mean of `relative_errors` of the block with these weights, as it will run, samples) over the team's samples."""
     stream, index = samples.stream, samples.index
     tensors = {name: part.dequantize().to(stream.dtype) for name, part in weights.items()}
     tensors |= {name: norm.to(stream.dtype) for name, norm in norms.items()}
-    difference = change = 0.0
-    for x, lengths in samples.packs(judged):
-        y = stream.run(index, x, lengths)
-        difference += float(_squares(stream.run_with(index, tensors, x, lengths), y, torch.float64))
-        change += float(_squares(y, x, torch.float64))
-    return difference / (change or 1.0)
+    tokens = sum(map(samples.length, judged))
+    totals = torch.tensor([0.0, tokens, len(judged)], dtype=torch.float64, device=stream.device)
+    for x, y, lengths in samples.packs(judged):
+        totals[0] += relative_errors(stream.run_with(index, tensors, x, lengths), y).sum(dtype=torch.float64)
+    team.sum_([totals])
+    error, tokens, count = totals.tolist()
+    return error / tokens, int(count)
 
 
-def _squares(one: Tensor, other: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (one.float() - other.float()).square().sum(dtype=dtype)
+def relative_errors(found: Tensor, wanted: Tensor) -> Tensor:
+    """‖found − wanted‖² / ‖wanted‖² of each token of [B, T, width], float32 [B, T]; 0 where nothing is wanted.
+
+    Of each token, because some have outputs hundreds of times larger than others', and would decide alone.
+    """
+    size = torch.linalg.vector_norm(wanted, dim=-1, dtype=torch.float32).square()
+    return (found.float() - wanted).square().sum(dim=-1) * torch.where(size > 0, 1 / size, 0)

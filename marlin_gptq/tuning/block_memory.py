@@ -8,9 +8,10 @@ from marlin_gptq.modeling.outline import BlockOutline, Outline
 from marlin_gptq.quantization.weight import columns_per_group
 from marlin_gptq.tuning.memory import Sizes, fixed_bytes
 
-# Tokens of the samples that pass forward and backward together, where memory allows: a backward pass keeps all that was
-# computed.
-TUNED_TOKENS = 4096
+# Tokens of the samples that pass forward and backward together, and what is made do with where memory does not allow as
+# many: a backward pass keeps all that was computed. 0 is one sample at a time.
+TUNED_TOKENS = 8192
+FEWER_TOKENS = (4096, 2048, 1024, 0)
 # Values per token and channel that a block's backward pass keeps or makes, of float32 and of the computing dtype.
 # Measured on a CPU, never on a GPU: three runs took 0.8 to 1.1 times what is counted with them.
 BACKWARD_HIDDEN, BACKWARD_INNER = 18, 8
@@ -22,6 +23,8 @@ class TunedBlocks:
 
     steps, batch, step_tokens  how many, and samples and tokens in each; moving: whether codes move too.
     sequence                   tokens of the longest sample, or window, that attention sees.
+
+    What `tuning_bytes` counts are attention's scores written out, which blocks without a mask do not need on a GPU.
     """
 
     steps: int
@@ -51,7 +54,7 @@ def tuning_bytes(
     pack = min(tokens, tuned.batch * tuned.sequence, max(tuned.sequence, together))
     values = backward_bytes(outline, block, pack, tuned.sequence, compute_bytes)
     gradient = (4 + compute_bytes) * max(x.in_features * x.out_features for x in block.quantized)
-    samples = 2 * tuned.step_tokens * outline.hidden * compute_bytes
+    samples = 2 * pack * outline.hidden * compute_bytes
     dequantized = sizes.weights * compute_bytes
     return fixed_bytes(sizes, tuned.moving) + dequantized + values + gradient + samples
 
