@@ -31,6 +31,7 @@ from marlin_gptq.eval.perplexity import stream_nll
 from marlin_gptq.modeling.architecture import decoder_blocks
 from marlin_gptq.modeling.blocks import BlockStream
 from marlin_gptq.modeling.decoding import Decoder
+from marlin_gptq.requirements import within_reach
 
 TABLE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 VOCABULARY, LAYERS, TOKENS = 96, 4, 24
@@ -192,9 +193,10 @@ def judge(name: str, preset: str, folder: Path) -> str:
     kind, output = save_model(name, folder / "model"), folder / "out"
     generator = torch.Generator().manual_seed(1)
     samples = [torch.randint(3, VOCABULARY, (40,), generator=generator) for _ in range(8)]
-    config = QuantizationConfig.from_preset(preset)
+    cpu = torch.device("cpu")
     try:
-        quantize_model(folder / "model", output, config, samples, device=torch.device("cpu"))
+        config, _ = within_reach(folder / "model", QuantizationConfig.from_preset(preset), cpu)  # as the command does
+        quantize_model(folder / "model", output, config, samples, device=cpu)
     except MarlinGPTQError as error:
         return f"refused: {str(error).replace(str(folder), '…')}"
     ids = torch.stack(samples[:2])[:, :TOKENS]
@@ -217,8 +219,12 @@ def packed_layers(model: nn.Module) -> dict[str, MarlinLinear]:
 
 @torch.no_grad()
 def put_back(model: Any, quantized: nn.Module) -> Any:
-    """Give the full-precision model the decoded weights of the quantized one."""
+    """Give the full-precision model the decoded weights of the quantized one, and its others: norms may be tuned."""
     split_projections(quantized)
+    own = dict(model.named_parameters())
+    for name, parameter in quantized.named_parameters():
+        if name in own:
+            own[name].copy_(parameter)
     for name, layer in packed_layers(quantized).items():
         weight = layer.dequantize()
         layers, _, expert = name.partition(".experts.")

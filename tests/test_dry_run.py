@@ -48,9 +48,11 @@ def test_dry_run_for_a_gpu_that_is_not_here(tmp_path: Path, monkeypatch: pytest.
     assert "more than the 24.0 GB of it" in dry(model, "--gpu", "4090", "--spill", "none", "--n-samples", 4096)
     default = CliRunner().invoke(main, [str(model), "--dry-run", "--device", "cuda"])
     assert "note: there is no GPU here: estimated for one H200; --gpu names another" in default.stderr
-    assert "tuning       4000 steps" in default.stdout, "111 GB, which it has"
-    less = CliRunner().invoke(main, [str(model), "--dry-run", "--gpu", "4090"])
-    assert "preset best tunes scales and norm weights only" in less.stderr and "24.0 GB are free" in less.stderr
+    assert "tuned blocks " in default.stdout
+    whole = CliRunner().invoke(main, [str(model), "--dry-run", "--gpu", "h200", "--preset", "best"])
+    assert "tuning       4000 steps" in whole.stdout, "111 GB, which it has"
+    less = CliRunner().invoke(main, [str(model), "--dry-run", "--gpu", "4090", "--max-gpu-memory", "4GB"])
+    assert "note: preset fast runs without its block tuning: tuning block by block needs about" in less.stderr
     for arguments, sentence in ((["--device", "cpu"], "beside --device cpu"), (["-o", "out"], "goes with --dry-run")):
         only = [] if "-o" in arguments else ["--dry-run"]
         result = CliRunner().invoke(main, [str(model), *only, "--gpu", "4090", *arguments])

@@ -55,7 +55,13 @@ def test_the_command_decides_only_what_nobody_chose(
         told = "note: preset fast runs without its block tuning: on this CPU it would take" in result.stderr
         assert told is (extra in ([], ["--preset", "fast"]))
     without = replace(FAST, tune_block_steps=0)
-    assert asked == [without, without, BEST, replace(FAST, tune_block_steps=7)]
+    assert asked == [without, without, replace(BEST, tune_steps=9), replace(FAST, tune_block_steps=7)]
+    for extra in (["--preset", "best"], ["--preset", "best", "--tune-rate", "1e-3"]):
+        result = CliRunner().invoke(quantize.main, command + extra)
+        assert result.exit_code == 2 and len(asked) == 4
+        sentence = result.stderr.strip().split("\n")[-1]
+        assert sentence.startswith("error: --preset best: its end-to-end tuning takes days without a GPU")
+        assert "use --tune-steps 0" in sentence
 
 
 def test_blocks_are_tuned_where_they_can_be(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,8 +181,9 @@ def test_the_command_refuses_before_the_text_is_read(tmp_path: Path, monkeypatch
     monkeypatch.setattr("marlin_gptq.cli.options.torch_device", lambda _: GPU)
     monkeypatch.setattr("marlin_gptq.cli.processes.own_device", lambda device: device)
     monkeypatch.setattr("marlin_gptq.requirements.free_bytes", lambda _: 10**6)
+    (tmp_path / "text.txt").write_text("too short")
     command = [str(source), "-o", str(tmp_path / "out"), "--preset", "marlin", "--tune-block-steps", "7"]
-    result = CliRunner().invoke(main, [*command, "--dataset", str(tmp_path / "nowhere.txt")])
+    result = CliRunner().invoke(main, [*command, "--dataset", str(tmp_path / "text.txt")])
     assert result.exit_code == 2, result.output
     assert "error: tuning block by block needs about 0.0 GB of free memory on the device and 0.0 GB" in result.stderr
     assert "--seq-len" not in result.stderr and not (tmp_path / "out").exists()
