@@ -11,9 +11,8 @@ import torch
 from click.testing import CliRunner
 from helpers import EXPERT_MODELS, SEVEN_B, config_only, save_tiny_model
 
-from marlin_gptq.cli.dry_run import products_per_second
 from marlin_gptq.cli.quantize import main
-from marlin_gptq.known_gpus import KNOWN, named
+from marlin_gptq.known_gpus import KNOWN
 
 
 def dry(*arguments: object) -> str:
@@ -118,6 +117,3 @@ def test_dry_run_on_the_gpu_that_is_here(tmp_path: Path) -> None:
     assert first["seconds"] == second["seconds"] > 0
     total = torch.cuda.get_device_properties(0).total_memory
     assert first["machine"] == torch.cuda.get_device_name() and 0 < first["gpu_bytes"] <= total
-    measured = products_per_second(torch.device("cuda"))
-    known = named(torch.cuda.get_device_name())
-    assert known is None or 0.4 < measured / known.products < 4
