@@ -208,6 +208,9 @@ def _why_no_tuned_blocks(model_dir: Path, config: QuantizationConfig, device: to
         return ""  # `require_quantizable` says it, or first what no setting mends
     if any(linear.expert for block in made.blocks for linear in block.linears):
         return "it does not know experts"
+    if any(name.endswith(".A_log") and len(shape) == 2 for block in made.blocks for name, shape in block.others):
+        # As in Mamba: a step of the scan for each token, whose gradient writes one of the length of the whole text.
+        return "gradients of a scan token by token take hours (--tune-block-steps decides it)"
     if device.type == "cuda":
         try:
             require_block_memory(model_dir, config, device, free)

@@ -84,6 +84,10 @@ def test_blocks_are_tuned_where_they_can_be(model: Path, tmp_path: Path, monkeyp
     experts = save_tiny_model(tmp_path / "experts", "mixtral", **EXPERT_MODELS["mixtral"])
     found, reason = within_reach(experts, FAST, GPU)
     assert found == without and reason == "preset fast runs without its block tuning: it does not know experts"
+    scan = config_only(tmp_path / "mamba", model_type="mamba", hidden_size=128, num_hidden_layers=2, vocab_size=96)
+    for device in (CPU, GPU):
+        found, reason = within_reach(scan, FAST, device, free=10**9)
+        assert found == without and "gradients of a scan token by token take hours" in reason
 
 
 def test_what_no_setting_mends_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
