@@ -202,8 +202,15 @@ def require_gpu_for_tuning(config: QuantizationConfig, device: torch.device) -> 
 
 def _why_no_tuned_blocks(model_dir: Path, config: QuantizationConfig, device: torch.device, free: int | None) -> str:
     """What speaks against the tuning of each block by itself, "" for nothing."""
-    if any(linear.expert for block in outline(model_dir, config).blocks for linear in block.linears):
+    try:
+        made = outline(model_dir, config)
+    except InputError:
+        return ""  # `require_quantizable` says it, or first what no setting mends
+    if any(linear.expert for block in made.blocks for linear in block.linears):
         return "it does not know experts"
+    if any(name.endswith(".A_log") and len(shape) == 2 for block in made.blocks for name, shape in block.others):
+        # As in Mamba: a step of the scan for each token, whose gradient writes one of the length of the whole text.
+        return "gradients of a scan token by token take hours (--tune-block-steps decides it)"
     if device.type == "cuda":
         try:
             require_block_memory(model_dir, config, device, free)
@@ -212,7 +219,7 @@ def _why_no_tuned_blocks(model_dir: Path, config: QuantizationConfig, device: to
         return ""
     length = _window(model_dir)
     job = Job.of(config, config.tune_batch * length, length, 4, 0)
-    minutes = tuning_products(outline(model_dir, config), job) / (CPU_PRODUCTS * torch.get_num_threads()) / 60
+    minutes = tuning_products(made, job) / (CPU_PRODUCTS * torch.get_num_threads()) / 60
     if minutes <= MOST_CPU_MINUTES:
         return ""
     return f"on this CPU it would take about {minutes / 60:.1f} hours (--tune-block-steps decides it)"

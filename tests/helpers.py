@@ -95,7 +95,7 @@ SEVENTY_B = SEVEN_B | {
 }  # fmt: skip
 
 
-def config_only(directory: Path, **shape: int) -> Path:
+def config_only(directory: Path, **shape: int | str) -> Path:
     """A model directory with a config.json alone."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"model_type": "llama"} | shape))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from helpers import EXPERT_MODELS, SEVEN_B, config_only, save_tiny_model
 from safetensors.torch import load_file, save_file
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from marlin_gptq import InputError, QuantizationConfig, convert_checkpoint, quantize_model, requirements
 from marlin_gptq.cli import quantize
@@ -82,6 +84,23 @@ def test_blocks_are_tuned_where_they_can_be(model: Path, tmp_path: Path, monkeyp
     experts = save_tiny_model(tmp_path / "experts", "mixtral", **EXPERT_MODELS["mixtral"])
     found, reason = within_reach(experts, FAST, GPU)
     assert found == without and reason == "preset fast runs without its block tuning: it does not know experts"
+    scan = config_only(tmp_path / "mamba", model_type="mamba", hidden_size=128, num_hidden_layers=2, vocab_size=96)
+    for device in (CPU, GPU):
+        found, reason = within_reach(scan, FAST, device, free=10**9)
+        assert found == without and "gradients of a scan token by token take hours" in reason
+
+
+def test_what_no_setting_mends_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3n has groups that do not fit, too, but another group size would lead nowhere."""
+
+    def forward(model: Any, inputs_embeds: torch.Tensor, **_: Any) -> None:
+        model.layers[0](inputs_embeds, per_layer_input=2 * inputs_embeds)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    model = save_tiny_model(tmp_path / "model", intermediate_size=192)
+    assert within_reach(model, FAST, CPU) == (FAST, "")
+    result = CliRunner().invoke(quantize.main, [str(model), "-o", str(tmp_path / "out"), "--device", "cpu"])
+    assert result.exit_code == 2 and "get more of each token than its hidden state" in result.stderr
 
 
 def with_tensors(directory: Path, more: dict[str, torch.Tensor]) -> Path:
