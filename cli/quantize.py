@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -68,9 +69,8 @@ def _main(context: click.Context, arguments: dict[str, Any]) -> None:
         output, kept = arguments["output"], arguments.pop("resume") or arguments["work_dir"]
         chosen = context.get_parameter_source("preset") != ParameterSource.DEFAULT
         try:
-            with failures.writing(
-                None if arguments["dry_run"] else output, f"go on with marlin-quantize --resume {kept}" if kept else ""
-            ):
+            again = f"go on with marlin-quantize --resume {shlex.quote(str(kept))}" if kept else ""
+            with failures.writing(None if arguments["dry_run"] else output, again):
                 _quantize(team, work, options_of(arguments), chosen, **arguments)
         finally:
             if work is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from marlin_gptq.cli import options
@@ -37,9 +38,18 @@ def summary(report: Any, to: str = "marlin") -> str:
     lines += [f"stages     {stages(report)}"]
     lines += [
         f"time       {options.show_time(report.seconds)} on {report.device}{loops}",
-        f"next       marlin-eval perplexity {report.output}" if to == "marlin" else "next       docs/serving.md",
+        f"next       {_next(report) if to == 'marlin' else 'docs/serving.md'}",
     ]
     return "\n".join(lines)
+
+
+def _next(report: Any) -> str:
+    """A command to go on with, as a shell takes it; perplexity is asked of what gives logits."""
+    from marlin_gptq.modeling.architecture import read_config
+    from marlin_gptq.modeling.classes import has_language_head
+
+    command = "marlin-eval perplexity" if has_language_head(read_config(report.output)) else "marlin-inspect"
+    return f"{command} {shlex.quote(str(report.output))}"
 
 
 def stages(report: Any) -> str:

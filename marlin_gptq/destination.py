@@ -65,6 +65,7 @@ def require_destination(output: Path, *, overwrite: bool, inputs: Inputs, file: 
     An empty directory may be written into, also a mount or the current directory. A link is followed. A new directory
     in that of the model may be made: it touches no file of the model.
     """
+    _require_home_meant(output, "--output")
     place = real_path(output)
     shown = f"{output} (a link to {place})" if output.is_symlink() else str(output)
     for what, path in inputs.items():
@@ -98,6 +99,7 @@ def require_destination(output: Path, *, overwrite: bool, inputs: Inputs, file: 
 
 def require_work_directory(work: Path, output: Path, model: Path, option: str = "--work-dir") -> None:
     """InputError, before any work, for a work directory in `output` or around it, or around `model`."""
+    _require_home_meant(work, option)
     found = ""
     if holds(output, work):
         found = "is --output itself" if holds(work, output) else f"lies in --output {output}"
@@ -175,6 +177,14 @@ def is_state_dict(file: Path) -> bool:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
     except (OSError, zipfile.BadZipFile):
         return False
+
+
+def _require_home_meant(path: Path, option: str) -> None:
+    """InputError for a ~ that the shell left as it is: a directory of this name is removed together with the home."""
+    if path.parts[:1] == ("~",):
+        raise InputError(
+            f"{option} {path}: the shell left ~ as it is (quotes, or {option}=~); write {path.expanduser()}"
+        )
 
 
 def _require_right(shown: str, directory: Path) -> None:

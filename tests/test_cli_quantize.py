@@ -19,6 +19,7 @@ from typing import Any
 import click
 import pytest
 import torch
+import transformers
 from character_model import save_character_model, save_texts
 from click.testing import CliRunner, Result
 
@@ -78,6 +79,16 @@ def test_a_whole_run(model_dir: Path, texts: str, tmp_path: Path) -> None:
     assert len(progress) == 14, "a plain line for each linear of two blocks"
     assert progress[0].startswith("[1/14] block 1/2  model.layers.0.self_attn.q_proj  error 0.")
     assert "  left " in progress[0] and "elapsed" in progress[-1]
+
+
+def test_what_comes_next_is_a_command_that_runs(model_dir: Path, tmp_path: Path) -> None:
+    body = tmp_path / "the body"
+    transformers.LlamaModel(transformers.AutoConfig.from_pretrained(model_dir)).save_pretrained(body)
+    for model, command in ((model_dir, "marlin-eval perplexity"), (body, "marlin-inspect")):
+        output = tmp_path / f"in 4 bits, {command}"
+        result = run(model, "-o", output, "--method", "rtn", "--device", "cpu")
+        assert result.exit_code == 0, result.output
+        assert f"next       {command} '{output}'\n" in result.stdout
 
 
 def test_a_recipe_that_tunes_tells_how_far_it_is(model_dir: Path, texts: str, tmp_path: Path) -> None:

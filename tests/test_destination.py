@@ -162,6 +162,18 @@ def test_places_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "empty cannot be written to" in refused(tmp_path / "empty")
 
 
+def test_a_tilde_that_the_shell_left_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert (
+        refused(Path("~/out"))
+        == "--output ~/out: the shell left ~ as it is (quotes, or --output=~); write /home/me/out"
+    )
+    with pytest.raises(InputError, match=r"--work-dir ~/work: the shell left .*; write /home/me/work"):
+        require_work_directory(Path("~/work"), Path("out"), Path("model"))
+    require_destination(Path("~out"), overwrite=False, inputs={})
+
+
 def test_mounts_are_known(tmp_path: Path) -> None:
     assert is_mount(Path("/")) and not is_mount(tmp_path)
     if Path("/proc/self/mountinfo").exists():
