@@ -164,12 +164,12 @@ def test_places_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_tilde_that_the_shell_left_is_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     assert (
         refused(Path("~/out"))
-        == "--output ~/out: the shell left ~ as it is (quotes, or --output=~); write /home/me/out"
+        == "--output ~/out: the shell left ~ as it is (quotes, or --output=~); write /users/me/out"
     )
-    with pytest.raises(InputError, match=r"--work-dir ~/work: the shell left .*; write /home/me/work"):
+    with pytest.raises(InputError, match=r"--work-dir ~/work: the shell left .*; write /users/me/work"):
         require_work_directory(Path("~/work"), Path("out"), Path("model"))
     require_destination(Path("~out"), overwrite=False, inputs={})
 
