@@ -37,6 +37,11 @@ def load_whole(model_dir: Path, device: torch.device, dtype: torch.dtype | None 
         model = auto_class_of(config).from_pretrained(model_dir, local_files_only=True, dtype=asked, device_map=place)
     except OSError as error:
         raise InputError(f"{model_dir}: not loaded: {' '.join(str(error).split())}") from error
+    except ImportError as error:  # transformers reads other tools' formats with packages of theirs
+        raise InputError(
+            f"{model_dir}: not loaded: {' '.join(str(error).split())}; marlin-convert {model_dir} -o OUT --to marlin "
+            "makes a directory that needs nothing more"
+        ) from error
     if on_cpu and quantized and dtype in (None, torch.float32):
         compute_in_float32(model)
     return model.eval().requires_grad_(False)

@@ -71,7 +71,19 @@ def require_quantizable(
         require_memory(model_dir, config, device)
     if device is not None and config.tunes_blocks:
         require_block_memory(model_dir, config, device)
-    return [note for note in (_kept_matrices(stream, config),) if note]
+    return [note for note in (_kept_matrices(stream, config), _unseen_range(model_dir, config, dtype)) if note]
+
+
+def _unseen_range(model_dir: Path, config: QuantizationConfig, dtype: torch.dtype | None) -> str:
+    """A sentence about activations that may pass float16's range where no text is run that would show it."""
+    if config.method != "rtn" or result_dtype(model_dir, dtype) != torch.float16:
+        return ""
+    if stored_dtype(TensorStore(model_dir), quantized=False) != torch.bfloat16:
+        return ""
+    return (
+        "a bfloat16 model becomes float16, and round-to-nearest runs no text that would show activations beyond its "
+        "range; --dtype bfloat16 keeps the range"
+    )
 
 
 def _kept_matrices(stream: BlockStream, config: QuantizationConfig) -> str:

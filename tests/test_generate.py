@@ -71,6 +71,18 @@ def test_draws_follow_the_seed(model_dir: Path) -> None:
     assert one == again and one != other
 
 
+def test_a_format_that_transformers_lacks_a_package_for(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> None:
+            raise ImportError("Loading a GPTQ quantized model requires optimum")
+
+    monkeypatch.setattr("marlin_gptq.eval.whole_model.auto_class_of", lambda _: Missing)
+    result = run(model_dir, "-p", "abc")
+    assert result.exit_code == 2
+    assert f"requires optimum; marlin-convert {model_dir} -o OUT --to marlin makes" in result.stderr
+
+
 def test_the_end_of_text_ends_it(model_dir: Path) -> None:
     model, tokenizer = load_whole(model_dir, CPU), AutoTokenizer.from_pretrained(model_dir)
     ids = [1, 5, 9]

@@ -136,6 +136,15 @@ def test_tensors_without_a_place_are_kept_as_they_are(
     assert set(kept) <= load_file(tmp_path / "gptq" / "model.safetensors").keys()
 
 
+def test_a_range_that_no_text_has_tried_is_told(tmp_path: Path) -> None:
+    rounded = QuantizationConfig(method="rtn")
+    wide = save_tiny_model(tmp_path / "wide", dtype=torch.bfloat16)
+    (told,) = require_quantizable(wide, tmp_path / "out", rounded, torch.float16)
+    assert told.startswith("a bfloat16 model becomes float16, and round-to-nearest runs no text")
+    assert not require_quantizable(wide, tmp_path / "out", rounded)
+    assert not require_quantizable(wide, tmp_path / "out", QuantizationConfig(), torch.float16)
+
+
 @pytest.mark.parametrize("name", ["bias", "weight_scale", "lora_A.default.weight"])
 def test_tensors_of_a_linear_that_would_be_left_out_are_refused(tmp_path: Path, name: str) -> None:
     owner = "model.layers.1.mlp.down_proj"
