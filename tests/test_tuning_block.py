@@ -32,6 +32,7 @@ from marlin_gptq.quantization.weight import QuantizedWeight
 from marlin_gptq.report import ProgressEvent
 from marlin_gptq.requirements import require_combination
 from marlin_gptq.tuning.block import _Samples, relative_errors, tune_block
+from marlin_gptq.tuning.replay import Replayed
 
 CPU = torch.device("cpu")
 PASS = QuantizationConfig(group_size=64, damp_percent=1.0, clip=False, signed_scales=True)
@@ -388,3 +389,34 @@ def test_a_whole_run_on_a_gpu(source: Path, tmp_path: Path, caplog: pytest.LogCa
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", device_map="cuda")
     with torch.no_grad():
         assert math.isfinite(float(model(SAMPLES[0][None].cuda()).logits.float().mean()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["direct", "not recordable"])
+def test_a_recorded_step_is_the_step(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Windows of one length: one CUDA graph a block, or direct steps where a block waits for the device."""
+    config = QuantizationConfig.from_preset("fast", group_size=64, damp_percent=1.0, tune_block_steps=20, tune_batch=4)
+    recorded: list[Any] = []
+    record, run_with = Replayed._record, BlockStream.run_with
+
+    def counted(self: Replayed, *inputs: Tensor) -> Any:
+        graph = record(self, *inputs)
+        recorded.append(graph)
+        return graph
+
+    def waiting(self: BlockStream, *arguments: Any) -> Tensor:
+        torch.cuda.synchronize()
+        return run_with(self, *arguments)
+
+    monkeypatch.setattr(Replayed, "_record", counted)
+    quick = quantize_model(source, tmp_path / "quick", config, SAMPLES, device=torch.device("cuda"))
+    assert len(recorded) == 2
+    if way == "direct":
+        monkeypatch.setattr(_Samples, "alike", lambda *_: False)
+    else:
+        monkeypatch.setattr(BlockStream, "run_with", waiting)
+    plain = quantize_model(source, tmp_path / "plain", config, SAMPLES, device=torch.device("cuda"))
+    assert len(recorded) == 2
+    for one, other in zip(quick.tuned_blocks, plain.tuned_blocks, strict=True):
+        assert one.error_after == pytest.approx(other.error_after, rel=0.02)
+        assert one.codes_changed == pytest.approx(other.codes_changed, rel=0.1)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from marlin_gptq.quantization.weight import QuantizedWeight
 from marlin_gptq.report import BlockRecord
 from marlin_gptq.tuning.block_memory import TUNED_TOKENS
 from marlin_gptq.tuning.end_to_end import BETAS, Rates, batches, learning_rate
+from marlin_gptq.tuning.replay import Replayed
+from marlin_gptq.tuning.student import one_kernel_norms
 
 # One in so many samples is kept aside to judge the result by.
 _JUDGED = 16
@@ -122,6 +126,11 @@ class _Samples:
         """Its tokens."""
         return self.inputs.shapes[self.places[number][0]][1]
 
+    def alike(self, chosen: list[int], batch: int) -> bool:
+        """Whether any `batch` of those chosen pass the block together, in one shape."""
+        lengths = {self.length(number) for number in chosen}
+        return len(lengths) == 1 and batch * max(lengths) <= max(self.together, max(lengths))
+
     def packs(self, chosen: list[int]) -> Iterator[tuple[Tensor, Tensor, tuple[int, ...]]]:
         """(hidden states, what they should become, lengths for `BlockStream.run`) of those chosen that pass the block
         together: as a batch where all are equally long, else one behind the other."""
@@ -168,7 +177,7 @@ class _Tunable:
             name: nn.Parameter(torch.zeros_like(start, dtype=torch.float32)) for name, start in self.norms.items()
         }
 
-    def groups(self, rates: Rates) -> list[dict[str, object]]:
+    def groups(self, rates: Rates) -> list[dict[str, Any]]:
         """What moves, with its learning rate."""
         kinds: list[tuple[list[nn.Parameter], float]] = [
             ([weight.shift for weight in self.weights.values()], rates.scales),
@@ -206,26 +215,58 @@ def _learn(
 ) -> None:
     stream, index, steps = samples.stream, samples.index, config.tune_block_steps
     device = stream.device
-    groups = tunable.groups(Rates(config.tune_scale_rate, config.tune_scale_rate, config.tune_rate))
-    way: dict[str, bool] = {"fused": True} if device.type == "cuda" else {"foreach": True}
-    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12, **way)
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
     batch = min(len(learnt), math.ceil(config.tune_batch / team.size))
-    for number, places in enumerate(batches(len(learnt), batch, steps, seed=index), start=1):
-        chosen = [learnt[place] for place in places.tolist()]
-        tokens = sum(map(samples.length, chosen)) * team.size
-        optimizer.zero_grad(set_to_none=True)
-        for x, y, lengths in samples.packs(chosen):
-            with torch.autocast(device.type, torch.bfloat16, enabled=stream.dtype != torch.float32):
-                found = stream.run_with(index, tunable.tensors(), x.float(), lengths)
-            backward(relative_errors(found, y).sum() / tokens)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            team.sum_(moving.grad for moving in group["params"] if moving.grad is not None)
-            group["lr"] = rate * learning_rate(number - 1, steps)
+    recorded = device.type == "cuda" and team.size == 1 and samples.alike(learnt, batch)
+    groups = tunable.groups(Rates(config.tune_scale_rate, config.tune_scale_rate, config.tune_rate))
+    rates = [group["lr"] for group in groups]
+    if recorded:  # a recorded step reads its learning rates from the device
+        groups = [group | {"lr": torch.tensor(group["lr"], device=device)} for group in groups]
+    way: dict[str, bool] = {"fused": True} if device.type == "cuda" else {"foreach": True}
+    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=1e-12, capturable=recorded, **way)
+
+    def gradients(x: Tensor, y: Tensor, lengths: tuple[int, ...], tokens: int) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=stream.dtype != torch.float32):
+            found = stream.run_with(index, tunable.tensors(), x.float(), lengths)
+        loss = relative_errors(found, y).sum() / tokens
+        backward(loss)
+        return loss.detach()
+
+    def move() -> None:
         optimizer.step()
         tunable.clamp_()
-        if progress is not None and (number % _TOLD == 0 or number == steps):
-            progress(number)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        loss = gradients(x, y, (), batch * x.shape[1])
+        move()
+        return loss
+
+    run = Replayed(step, optimizer, fall_back=True) if recorded else None
+    with one_kernel_norms(stream.block_module(index)) if device.type == "cuda" else nullcontext():
+        for number, places in enumerate(batches(len(learnt), batch, steps, seed=index), start=1):
+            chosen = [learnt[place] for place in places.tolist()]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                _set_rate(group, rate * learning_rate(number - 1, steps))
+            packs = samples.packs(chosen)
+            if run is not None:
+                run(*next(packs)[:2])
+            else:
+                tokens = sum(map(samples.length, chosen)) * team.size
+                optimizer.zero_grad(set_to_none=True)
+                for x, y, lengths in packs:
+                    gradients(x, y, lengths, tokens)
+                for group in optimizer.param_groups:
+                    team.sum_(moving.grad for moving in group["params"] if moving.grad is not None)
+                move()
+            if progress is not None and (number % _TOLD == 0 or number == steps):
+                progress(number)
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    """Where the rate lies on the device it is written there, for a recorded step to read."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 @torch.no_grad()

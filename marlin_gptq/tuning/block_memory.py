@@ -54,7 +54,7 @@ def tuning_bytes(
     pack = min(tokens, tuned.batch * tuned.sequence, max(tuned.sequence, together))
     values = backward_bytes(outline, block, pack, tuned.sequence, compute_bytes)
     gradient = (4 + compute_bytes) * max(x.in_features * x.out_features for x in block.quantized)
-    samples = 2 * pack * outline.hidden * compute_bytes
+    samples = 4 * pack * outline.hidden * compute_bytes  # those of a step, and where a recorded step reads them
     dequantized = sizes.weights * compute_bytes
     return fixed_bytes(sizes, tuned.moving) + dequantized + values + gradient + samples
 

@@ -5,10 +5,14 @@ A step of a small model is thousands of short kernels: launching them one by one
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,19 +31,19 @@ class Direct:
 class Replayed:
     """The step as a CUDA graph, after a direct one that makes the optimizer's state and warms the libraries up.
 
-    All inputs must have the shapes of the first.
+    All inputs must have the shapes of the first. With `fall_back` a step that cannot be recorded, because it waits for
+    the device or lacks the memory, is called directly from then on.
     """
 
-    WARM = 1
-
-    def __init__(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, step: Step, optimizer: torch.optim.Optimizer, *, fall_back: bool = False) -> None:
         self.direct = Direct(step, optimizer)
-        self.calls = 0
+        self.fall_back = fall_back
+        self.calls, self.recorded_after = 0, 1
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, ids: Tensor, target: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls <= self.WARM:
+        if self.calls <= self.recorded_after:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -47,13 +51,24 @@ class Replayed:
             torch.cuda.current_stream().wait_stream(side)
             return loss
         if self.graph is None:
-            self.ids, self.target = ids.clone(), target.clone()
-            self.direct.optimizer.zero_grad(set_to_none=True)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.loss = self.direct.step(self.ids, self.target)
-            self.graph = graph
+            try:
+                self.graph = self._record(ids, target)
+            except RuntimeError as error:  # recording runs nothing, so nothing has moved yet
+                if not self.fall_back:
+                    raise
+                logger.info("a step is not recorded: %s", " ".join(str(error).split()))
+                self.recorded_after = sys.maxsize
+                return self.direct(ids, target)
         self.ids.copy_(ids)
         self.target.copy_(target)
         self.graph.replay()
         return self.loss
+
+    def _record(self, ids: Tensor, target: Tensor) -> torch.cuda.CUDAGraph:
+        self.ids, self.target = ids.clone(), target.clone()
+        self.direct.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()  # while recording, memory that is merely kept cannot be had
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.loss = self.direct.step(self.ids, self.target)
+        return graph

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def use_one_kernel(norm: nn.Module) -> bool:
         if hidden.dtype != torch.float32:
             return own(hidden)  # rounds to this dtype between its operations
         moved: Any = norm.weight  # as the tuning has moved it
-        return nn.functional.rms_norm(hidden, (hidden.shape[-1],), moved, epsilon)
+        return nn.functional.rms_norm(hidden, (hidden.shape[-1],), moved.float(), epsilon)
 
     probe = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
     probe *= torch.tensor([[1e-3], [1.0], [1e3]], device=probe.device)  # the first tells where epsilon goes
@@ -218,6 +219,18 @@ def use_one_kernel(norm: nn.Module) -> bool:
         return False
     norm.forward = forward
     return True
+
+
+@contextmanager
+def one_kernel_norms(block: nn.Module) -> Iterator[None]:
+    """Inside, the norms of `block` that can `use_one_kernel` do."""
+    norms = [module for module in block.modules() if "norm" in type(module).__name__.lower()]
+    changed = [norm for norm in norms if isinstance(getattr(norm, "weight", None), Tensor) and use_one_kernel(norm)]
+    try:
+        yield
+    finally:
+        for norm in changed:
+            del norm.forward  # what hides the class's own
 
 
 def _read_quantized(
